@@ -1,0 +1,88 @@
+"""Texts to padded token batches, for training (right-padded, with labels) and for testing (left-padded).
+
+A sample is BOS (where the tokenizer adds one) + prompt + response + EOS. What is masked is told by length, never by the pad
+id, which may be the EOS id.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+IGNORE = -100  # the label that cross-entropy leaves out
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """True if the tokenizer puts a BOS token before a text."""
+    ids = tokenizer("a")["input_ids"]
+    return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+def encode_prompts(tokenizer: Any, prompts: list[str]) -> list[list[int]]:
+    """Token ids of each prompt, BOS first where the tokenizer adds one, and never an EOS."""
+    bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    return [bos + ids for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
+
+
+def encode_samples(
+    tokenizer: Any, prompts: list[str], responses: list[str], max_length: int
+) -> tuple[list[list[int]], list[int]]:
+    """Token ids of whole samples, cut at `max_length`, and how many of them belong to the prompt.
+
+    Prompt and response are tokenised as one text, since tokens may depend on what precedes them; the prompt's part is what
+    its own tokenisation shares with the whole.
+    """
+    whole = encode_prompts(tokenizer, [prompt + response for prompt, response in zip(prompts, responses, strict=True)])
+    samples, lengths = [], []
+    for ids, prompt in zip(whole, encode_prompts(tokenizer, prompts), strict=True):
+        same = 0
+        while same < min(len(ids), len(prompt)) and ids[same] == prompt[same]:
+            same += 1
+        samples.append((ids + [tokenizer.eos_token_id])[:max_length])
+        lengths.append(min(same, max_length))
+    return samples, lengths
+
+
+def pad(rows: list[list[int]], value: int, left: bool = False) -> torch.Tensor:
+    """Rows of different length as one int64 tensor (len(rows), longest)."""
+    longest = max(map(len, rows))
+    filled = [[value] * (longest - len(r)) + r if left else r + [value] * (longest - len(r)) for r in rows]
+    return torch.tensor(filled, dtype=torch.long)
+
+
+@dataclass
+class TrainCollator:
+    """A list of `{"prompt", "response"}` to `input_ids`, `attention_mask` and `labels`: int64 (batch, longest)."""
+
+    tokenizer: Any
+    max_length: int = 2048
+    only_train_response: bool = False
+
+    def __call__(self, samples: list[dict[str, str]]) -> dict[str, torch.Tensor]:
+        ids, lengths = encode_samples(
+            self.tokenizer, [s["prompt"] for s in samples], [s["response"] for s in samples], self.max_length
+        )
+        if not self.only_train_response:
+            lengths = [0] * len(ids)
+        return {
+            "input_ids": pad(ids, self.tokenizer.pad_token_id),
+            "attention_mask": pad([[1] * len(row) for row in ids], 0),
+            "labels": pad([[IGNORE] * n + row[n:] for row, n in zip(ids, lengths, strict=True)], IGNORE),
+        }
+
+
+@dataclass
+class TestCollator:
+    """A list of prompts to `input_ids` and `attention_mask`, left-padded: int64 (batch, longest)."""
+
+    tokenizer: Any
+    __test__ = False  # not a pytest class
+
+    def __call__(self, prompts: list[str]) -> dict[str, torch.Tensor]:
+        ids = encode_prompts(self.tokenizer, prompts)
+        return {
+            "input_ids": pad(ids, self.tokenizer.pad_token_id, left=True),
+            "attention_mask": pad([[1] * len(row) for row in ids], 0, left=True),
+        }
