@@ -1,0 +1,269 @@
+"""Load a base model or a checkpoint, add the item tokens, attach LoRA, save: any causal LM of transformers.
+
+The vocabulary grows before any ZeRO-3 context exists: `prepare_base` does it once, on the CPU, and writes a folder from which
+every process then loads its part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from arguments import comma_list
+from collator import adds_bos
+from data import RecData
+from utils import UserError, is_main, local_rank, say
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(gpu_id: int | None = None) -> torch.device:
+    """The GPU `gpu_id` (default: the local rank's), or the CPU, said in one line, where CUDA is absent."""
+    if not torch.cuda.is_available():
+        say("note: no CUDA device; running on the CPU")
+        return torch.device("cpu")
+    number = local_rank() if gpu_id is None else gpu_id
+    if number >= torch.cuda.device_count():
+        raise UserError(f"GPU {number} does not exist; there are {torch.cuda.device_count()}, counted from 0")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
+
+
+# ---- tokenizer ----
+
+
+def load_tokenizer(path: str | Path, model_max_length: int = 2048) -> Any:
+    """The tokenizer of a folder or hub id, with a pad token, and with BOS where a LLaMA tokenizer does not say otherwise.
+
+    LLaMA pads with its unknown token (id 0); a tokenizer whose unknown token has another id pads with EOS.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, model_max_length=model_max_length, padding_side="right")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no tokenizer can be loaded ({first_line(error)})") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{path}: the tokenizer has no end-of-sequence token")
+    if tokenizer.pad_token_id is None:
+        unknown_is_zero = tokenizer.unk_token is not None and tokenizer.unk_token_id == 0
+        tokenizer.pad_token = tokenizer.unk_token if unknown_is_zero else tokenizer.eos_token
+    # A bare tokenizer.model says nothing of BOS and transformers then adds none; LLaMA 1 and 2 were trained with it.
+    told = (Path(path) / "tokenizer_config.json").exists() or (Path(path) / "tokenizer.json").exists()
+    if Path(path).is_dir() and not told and not adds_bos(tokenizer):
+        tokenizer.add_bos_token = True
+    return tokenizer
+
+
+def add_item_tokens(tokenizer: Any, tokens: list[str]) -> list[int]:
+    """Add `tokens` in the order given; the ids of those that are new. Text is never normalised before they are matched."""
+    known = tokenizer.get_vocab()
+    new = [token for token in tokens if token not in known]
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in new])
+    return tokenizer.convert_tokens_to_ids(new)
+
+
+def item_token_ids(tokenizer: Any, data: RecData) -> list[tuple[int, ...]]:
+    """The token ids of every item's index.
+
+    Raises:
+        UserError: the tokenizer lacks item tokens, as before fine-tuning.
+    """
+    vocab = tokenizer.get_vocab()
+    missing = [token for token in data.item_tokens if token not in vocab]
+    if missing:
+        raise UserError(
+            f"the checkpoint's tokenizer lacks {len(missing)} of the {len(data.item_tokens)} item tokens of "
+            f"{data.files['index']} ({missing[0]}, …): is it fine-tuned on this index file?"
+        )
+    return [tuple(vocab[token] for token in index) for index in data.indices]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text that says something."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+# ---- models ----
+
+
+def load_model(path: str | Path, dtype: torch.dtype | None = None, **more: Any) -> PreTrainedModel:
+    """A causal LM of a folder or hub id in `dtype` (default: the checkpoint's); no code of the checkpoint is run.
+
+    Raises:
+        UserError: there is no model that loads.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", trust_remote_code=False, **more)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: no model can be loaded ({first_line(error)})") from error
+
+
+def grow_vocabulary(model: PreTrainedModel, tokenizer: Any, new_ids: list[int]) -> None:
+    """Give the model a row for every token, never taking one away, and initialise the rows of `new_ids`.
+
+    Rows are drawn as the model draws embeddings: normal with `initializer_range`. Some models have more rows than their
+    tokenizer has tokens; an item token that falls on such a spare row is drawn anew too.
+    """
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    text_config = model.config.get_text_config()
+    spread = getattr(text_config, "initializer_range", 0.02)
+    matrices = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m}
+    with torch.no_grad():
+        for weight in matrices.values():
+            weight[new_ids] = torch.empty(len(new_ids), weight.shape[1]).normal_(std=spread).to(weight)
+
+
+def has_item_tokens(path: str | Path, tokens: list[str]) -> bool:
+    """True if the tokenizer at `path` knows all `tokens`."""
+    vocab = load_tokenizer(path).get_vocab()
+    return all(token in vocab for token in tokens)
+
+
+def prepare_base(base_model: str, target: Path, tokens: list[str], seed: int, model_max_length: int = 2048) -> None:
+    """Write to `target` the base model with the item tokens added, in the base's own dtype.
+
+    The new rows depend on `seed` alone. Run this on one process, before any ZeRO-3 context.
+    """
+    tokenizer = load_tokenizer(base_model, model_max_length)
+    model = load_model(base_model)
+    new_ids = add_item_tokens(tokenizer, tokens)
+    torch.manual_seed(seed)
+    grow_vocabulary(model, tokenizer, new_ids)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    save_model(model, tokenizer, target)
+
+
+def attach_lora(model: PreTrainedModel, args: Any, zero3_bf16: bool = False) -> Any:
+    """`model` with a LoRA adapter as `args` describe it (bias none; embeddings and head trained whole)."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    tied = model.config.get_text_config().tie_word_embeddings
+    whole = comma_list(args.lora_modules_to_save)
+    if tied:  # the head is the embedding: train it once
+        whole = [name for name in whole if name != "lm_head"]
+    config = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=comma_list(args.lora_target_modules),
+        modules_to_save=whole or None,
+        bias="none",
+        task_type=TaskType.CAUSAL_LM,
+        ensure_weight_tying=bool(tied and whole),
+    )
+    try:
+        return get_peft_model(model, config, autocast_adapter_dtype=not zero3_bf16)
+    except ValueError as error:
+        raise UserError(f"--lora_target_modules / --lora_modules_to_save: {first_line(error)}") from error
+
+
+def parameter_report(model: Any, n_new: int) -> str:
+    """How many parameters train, and whether the rows of the item tokens do. Works on ZeRO-3's partitions too."""
+
+    def size(parameter: torch.nn.Parameter) -> int:
+        return getattr(parameter, "ds_numel", parameter.numel())
+
+    parameters = list(model.parameters())
+    trained = sum(size(p) for p in parameters if p.requires_grad)
+    total = sum(size(p) for p in parameters)
+    rows = [
+        name
+        for name, module in (("embeddings", model.get_input_embeddings()), ("head", model.get_output_embeddings()))
+        if any(p.requires_grad for p in module.parameters())
+    ]
+    where = " and ".join(rows)
+    return f"{trained:,} of {total:,} parameters train ({trained / total:.1%}); " + (
+        f"the {n_new} item-token rows train, in {where}" if rows else f"the {n_new} item-token rows do NOT train"
+    )
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: Any, folder: Path, state: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Write model and tokenizer as a Hugging Face folder (safetensors); a half-written one never has the final name.
+
+    Args:
+        state: the weights, if the model holds them in partitions.
+    """
+    temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    # generate() would take sampling settings of the base model for its own; decoding here is beam search
+    model.generation_config = type(model.generation_config).from_model_config(model.config)
+    model.save_pretrained(temporary, state_dict=state)
+    tokenizer.save_pretrained(temporary)
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+
+
+def load_for_test(
+    ckpt_path: str,
+    base_model: str | None = None,
+    lora: bool = False,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> tuple[PreTrainedModel, Any]:
+    """A fine-tuned model in eval mode, and its tokenizer.
+
+    Args:
+        ckpt_path: the checkpoint's folder (or hub id), or the adapter's with `lora`.
+        base_model: the adapter's base.
+        dtype: default bfloat16 on a GPU and float32 on the CPU.
+
+    Raises:
+        UserError: the folder has no model, or an adapter without a base.
+    """
+    device = torch.device(device)
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    if Path(ckpt_path).is_dir() and not any(Path(ckpt_path).glob("*config.json")):
+        raise UserError(f"{ckpt_path}: holds no model (no config.json)")
+    if (
+        not lora
+        and (Path(ckpt_path) / "adapter_config.json").is_file()
+        and not (Path(ckpt_path) / "config.json").is_file()
+    ):
+        raise UserError(f"{ckpt_path}: is a LoRA adapter; add --lora and --base_model")
+    tokenizer = load_tokenizer(ckpt_path)
+    if not lora:
+        return load_model(ckpt_path, dtype).to(device).eval(), tokenizer
+
+    from peft import PeftModel
+
+    if not (Path(ckpt_path) / "adapter_config.json").is_file():
+        raise UserError(f"{ckpt_path}: holds no LoRA adapter (no adapter_config.json); leave --lora out")
+    model = load_model(base_model, dtype)
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model = PeftModel.from_pretrained(model, ckpt_path).merge_and_unload()
+    return model.to(device).eval(), tokenizer
+
+
+def full_state(model: Any) -> dict[str, torch.Tensor] | None:
+    """All weights on the CPU of the main process (None elsewhere), gathered one by one where ZeRO-3 partitions them.
+
+    Every process must call this.
+    """
+    state: dict[str, torch.Tensor] = {}
+    tied = getattr(model, "_tied_weights_keys", None) or {}
+    parameters = list(model.named_parameters(remove_duplicate=True)) + list(model.named_buffers())
+    persistent = set(model.state_dict().keys())
+    for name, tensor in parameters:
+        if name not in persistent or (name in tied and model.config.get_text_config().tie_word_embeddings):
+            continue
+        with _gathered(tensor):
+            if is_main():
+                state[name] = tensor.detach().to("cpu", copy=True)
+    return state if is_main() else None
+
+
+def _gathered(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    if not hasattr(tensor, "ds_id"):
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([tensor])
