@@ -1,0 +1,164 @@
+"""Turn a checkpoint of a DeepSpeed run (ZeRO-1, 2 or 3, any number of ranks) into a plain model folder in float32.
+
+    python convert/convert.py -s ./ckpt/Games/checkpoint-1000 -t ./ckpt/Games/final-checkpoint-1000
+
+DeepSpeed's own consolidation puts the shards together; the result is checked and written tensor by tensor. A folder
+without shards (a plain model) is copied with its weights in the type asked for. `convert.sh` does this for every
+checkpoint of a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+if not __package__:  # run as a script: the root instead of this folder, whose names would shadow others
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch  # noqa: E402
+
+from convert.folder import (  # noqa: E402
+    TOKENIZER_FILES,
+    ModelFolder,
+    copy_files,
+    find_model,
+    load_config,
+    new_folder,
+    skeleton,
+    write_settings,
+)
+from convert.scan import check_checkpoint, is_plain_name  # noqa: E402
+from convert.weights import DTYPES, is_old_buffer, parse_size, row_blocks, write_weights  # noqa: E402
+from utils import UserError, run_main, versions, write_json  # noqa: E402
+
+RUN_FILES = ("*.json", "train*")
+
+
+def shard_folder(source: Path) -> Path | None:
+    """The `global_stepN` folder of a DeepSpeed checkpoint; None for a plain model folder."""
+    latest = source / "latest"
+    if not latest.is_file():
+        return None
+    tag = latest.read_text(encoding="utf-8", errors="replace").strip()
+    if not is_plain_name(tag):
+        raise UserError(f"{latest}: names {tag!r}, which is not a folder beside it")
+    if not (source / tag).is_dir():
+        raise UserError(f"{latest}: names {tag}, which is not there; the checkpoint is incomplete")
+    return source / tag
+
+
+def consolidate(source: Path) -> dict[str, torch.Tensor]:
+    """The float32 weights of a DeepSpeed checkpoint, as tensors or DeepSpeed's lazily gathered ones (`.contiguous()`).
+
+    Raises:
+        UserError: its pickles would import foreign code, or shards are missing or damaged.
+    """
+    check_checkpoint(source)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return get_fp32_state_dict_from_zero_checkpoint(str(source), tag=shard_folder(source).name, lazy_mode=True)
+    except (ValueError, KeyError, RuntimeError, EOFError, OSError, NotImplementedError) as error:
+        raise UserError(f"{source}: DeepSpeed cannot put its shards together ({str(error).splitlines()[0]})") from None
+
+
+Reader = Callable[[str], Iterator[torch.Tensor]]
+Specs = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def open_source(folder: ModelFolder) -> tuple[Specs, Reader]:
+    """Names with (shape, type), and a reader of blocks, of a DeepSpeed checkpoint or a plain model folder."""
+    if shard_folder(folder.path):
+        state = consolidate(folder.path)
+
+        def read(name: str) -> Iterator[torch.Tensor]:
+            tensor = state[name].contiguous()
+            for start, stop in row_blocks(tuple(tensor.shape)):
+                yield tensor[start:stop] if tensor.dim() else tensor
+
+        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}, read
+    weights = folder.weights()
+    return {name: (entry.shape, entry.dtype) for name, entry in weights.entries.items()}, weights.blocks
+
+
+def checked(name: str, blocks: Iterator[torch.Tensor], dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """`blocks` in `dtype` (floats only); refused are numbers that are not finite before or after."""
+    for block in blocks:
+        if not block.is_floating_point():
+            yield block
+            continue
+        cast = block.to(dtype)
+        if not torch.isfinite(cast).all():
+            if torch.isfinite(block).all():
+                raise UserError(f"{name}: {block.abs().max():.3g} is too large for {dtype}; use --dtype bfloat16")
+            raise UserError(f"{name}: holds NaN or inf; the run diverged, take an earlier checkpoint")
+        yield cast
+
+
+def convert(source: ModelFolder, target: Path, dtype: torch.dtype, max_shard_bytes: int, overwrite: bool) -> int:
+    """Write the model of `source` to `target` in `dtype`; the number of tensors written."""
+    config = load_config(source)
+    specs, read = open_source(source)
+    wanted, ties = skeleton(config)
+    specs = {name: spec for name, spec in specs.items() if not is_old_buffer(name) and name not in ties}
+    check_names(specs, wanted, ties, source.path)
+    config.dtype = dtype
+    with new_folder(target, overwrite) as partial:
+        copy_files(source, partial, (*TOKENIZER_FILES, *RUN_FILES))
+        for name in ("config.json", *(path.name for path in partial.glob("*.index.json"))):
+            (partial / name).unlink(missing_ok=True)
+        specs = {name: (shape, dtype if kind.is_floating_point else kind) for name, (shape, kind) in specs.items()}
+        digests = write_weights(
+            partial, specs, lambda name: checked(f"{source.path}: {name}", read(name), dtype), max_shard_bytes
+        )
+        report = {"source": source.path.name, "dtype": str(dtype), "sha256": digests, "versions": versions()}
+        write_json(partial / "convert_report.json", report)
+        write_settings(partial, config.to_diff_dict())
+    return len(specs)
+
+
+def check_names(specs: Specs, wanted: dict[str, tuple[int, ...]], ties: dict[str, str], place: Path) -> None:
+    """Refuse weights that the model of config.json would not load whole.
+
+    Raises:
+        UserError: a tensor is missing or has another shape.
+    """
+    for name, shape in wanted.items():
+        if name in ties:
+            continue
+        if name not in specs:
+            raise UserError(f"{place}: lacks {name}, which the model of its config.json has")
+        if specs[name][0] != shape:
+            raise UserError(f"{place}: {name} is {list(specs[name][0])}, config.json makes it {list(shape)}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line of `convert.py`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-s", "--source", required=True, help="checkpoint folder (checkpoint-N) or model folder")
+    parser.add_argument("-t", "--target", required=True, help="folder to write; must not exist yet")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="type of the weights (default: float32)")
+    parser.add_argument("--max_shard_size", default="5GB", help="largest weight file (default: 5GB)")
+    parser.add_argument("--overwrite", action="store_true", help="replace TARGET if it exists")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Convert one checkpoint."""
+    args = build_parser().parse_args(argv)
+    source = find_model(args.source)
+    count = convert(
+        source, Path(args.target), DTYPES[args.dtype], parse_size(args.max_shard_size), overwrite=args.overwrite
+    )
+    print(f"{args.target}: {count} tensors in {args.dtype}")
+
+
+if __name__ == "__main__":
+    run_main(main)

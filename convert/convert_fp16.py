@@ -1,0 +1,39 @@
+"""Copy a model folder with its weights in float16 (half the size; enough for testing).
+
+    python convert/convert_fp16.py --in-checkpoint ./ckpt/Games/final-checkpoint-1000 --out-checkpoint ./ckpt/Games-fp16
+
+The input may be a model folder, a hub id, or a checkpoint of a DeepSpeed run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: the root instead of this folder, whose names would shadow others
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch  # noqa: E402
+
+from convert.convert import convert  # noqa: E402
+from convert.folder import find_model  # noqa: E402
+from convert.weights import parse_size  # noqa: E402
+from utils import run_main  # noqa: E402
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Convert one folder to float16."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--in-checkpoint", required=True, help="folder or hub id to read")
+    parser.add_argument("--out-checkpoint", required=True, help="folder to write; must not exist yet")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (default: 5GB)")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT_CHECKPOINT if it exists")
+    args = parser.parse_args(argv)
+    source, target = find_model(args.in_checkpoint), Path(args.out_checkpoint)
+    count = convert(source, target, torch.float16, parse_size(args.max_shard_size), overwrite=args.overwrite)
+    print(f"{target}: {count} tensors in float16")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,235 @@
+"""Model folders: find them (locally or on the hub), read their settings, write new ones whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from convert.weights import Weights, inside
+from utils import UserError, read_json
+
+ITEM_TOKEN = re.compile(r"<[a-z]_\d+>")
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece*.model",
+    "chat_template*",
+)
+SETTINGS = ("config.json", "generation_config.json")
+HUB_PATTERNS = (*SETTINGS, *TOKENIZER_FILES, "adapter_config.json", "README.md", "*.index.json")
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model's folder on this disk; `allowed` is where its links may lead (the hub's cache keeps files as links)."""
+
+    path: Path
+    allowed: Path
+
+    def weights(self) -> Weights:
+        """Its tensors, read lazily."""
+        return Weights(self.path, self.allowed)
+
+    def has(self, name: str) -> bool:
+        """True if the file `name` is there."""
+        return (self.path / name).is_file()
+
+    def json(self, name: str) -> dict[str, Any]:
+        """The content of a JSON file of the folder."""
+        if not (self.path / name).is_file():
+            raise UserError(f"{self.path / name}: no such file")
+        content = read_json(inside(self.path, name, self.allowed))
+        if not isinstance(content, dict):
+            raise UserError(f"{self.path / name}: not a JSON object")
+        return content
+
+
+def find_model(name: str | Path) -> ModelFolder:
+    """The folder of a model given as a local path or a hub id (`owner/name`, downloaded to the hub's cache).
+
+    Raises:
+        UserError: no such folder, or the hub does not have it or cannot be reached.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        real = path.resolve()
+        cache = next((up for up in real.parents if up.name.startswith("models--") and "snapshots" in real.parts), None)
+        return ModelFolder(path, cache or real)
+    if path.is_file():
+        raise UserError(f"{path}: a file; give the model's folder")
+    text = str(name).rstrip("/")
+    if text.startswith((".", "/", "~")) or text.count("/") > 1 or str(name).endswith("/"):
+        raise UserError(f"{name}: no such folder")
+    return find_model(download(text))
+
+
+def download(repo_id: str) -> str:
+    """Download weights (safetensors if there are any, else .bin), settings and tokenizer of a hub repository."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        files = HfApi().list_repo_files(repo_id)
+        weights = "*.safetensors" if any(file.endswith(".safetensors") for file in files) else "*.bin"
+        return snapshot_download(repo_id, allow_patterns=[*HUB_PATTERNS, weights])
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{repo_id}: no such folder here, and the hub did not give it ({reason})") from None
+
+
+# ---- settings ----
+
+
+def load_config(folder: ModelFolder):  # noqa: ANN201  (a transformers config)
+    """The model's configuration; code that came with the checkpoint is never run."""
+    from transformers import AutoConfig
+
+    settings = folder.json("config.json")
+    if "auto_map" in settings:
+        raise UserError(
+            f"{folder.path / 'config.json'}: needs code of its own (auto_map), which is not run; use a model that "
+            "transformers knows"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise UserError(f"{folder.path / 'config.json'}: {str(error).strip().splitlines()[0]}") from None
+
+
+def skeleton(config) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:  # noqa: ANN001
+    """Names and shapes of the tensors a model of `config` has, and its tied names (alias → source), without memory."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    ties = getattr(model, "_tied_weights_keys", None) or {}
+    ties = dict(ties) if isinstance(ties, dict) and config.tie_word_embeddings else {}
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}, ties
+
+
+def embedding_names(config) -> tuple[str, str | None]:  # noqa: ANN001
+    """The names of the input embedding and of the output layer's weight (None if the model has none)."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+    return names[id(model.get_input_embeddings())], names.get(id(model.get_output_embeddings()))
+
+
+def load_tokenizer(folder: ModelFolder):  # noqa: ANN201  (a transformers tokenizer)
+    """The folder's tokenizer; code that came with it is never run."""
+    from transformers import AutoTokenizer
+
+    if not any(folder.has(name) for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        raise UserError(f"{folder.path}: has no tokenizer (tokenizer.json or tokenizer.model)")
+    for path in folder.path.glob("tokenizer*"):
+        inside(folder.path, path.name, folder.allowed)
+    try:
+        return AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise UserError(f"{folder.path}: the tokenizer cannot be read ({str(error).strip().splitlines()[0]})") from None
+
+
+def item_tokens(tokenizer) -> dict[str, int]:  # noqa: ANN001
+    """Item tokens (`<a_12>`) of a tokenizer and their ids."""
+    return {token: number for token, number in tokenizer.get_added_vocab().items() if ITEM_TOKEN.fullmatch(token)}
+
+
+def copy_files(source: ModelFolder, target: Path, patterns: tuple[str, ...]) -> list[str]:
+    """Copy the files of `source` that match `patterns` (links as the files they lead to); their names, sorted."""
+    names = sorted({path.name for pattern in patterns for path in source.path.glob(pattern) if path.is_file()})
+    for name in names:
+        shutil.copyfile(inside(source.path, name, source.allowed), target / name)
+    return names
+
+
+# ---- new folders, whole or not at all ----
+
+
+@contextlib.contextmanager
+def new_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` when the block ends well.
+
+    It is `.<target>.partial` beside it until then, and its `config.json` (without which nothing loads a folder) is
+    moved in last: write it as `config.json.partial` (`write_settings` does). After a crash the next call clears up.
+
+    Raises:
+        UserError: `target` exists and `overwrite` is false, or another process is writing it now.
+    """
+    target = Path(target)
+    partial, old = (target.parent / f".{target.name}.{ending}" for ending in ("partial", "old"))
+    _refuse_existing(target, overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be made ({error.strerror})") from None
+    with _locked(partial, target):
+        if old.exists() and not target.exists():  # killed between the two renames of an overwrite
+            old.rename(target)
+            _refuse_existing(target, overwrite)
+        for path in partial.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        try:
+            yield partial
+            _commit(partial, target, old)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(f"{target}: cannot be written ({error.strerror}); nothing was left there") from None
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def _refuse_existing(target: Path, overwrite: bool) -> None:
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target}: a file is in the way; choose another folder")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise UserError(f"{target}: exists; choose another folder or add --overwrite")
+
+
+@contextlib.contextmanager
+def _locked(partial: Path, target: Path) -> Iterator[None]:
+    handle = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise UserError(f"{target}: another process is writing it now; wait for it") from None
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def _commit(partial: Path, target: Path, old: Path) -> None:
+    settings = partial / "config.json.partial"
+    if settings.exists():
+        settings.rename(partial / "config.json")
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+    partial.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Write the model's settings under the name that `new_folder` turns into `config.json` at the end."""
+    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    (folder / "config.json.partial").write_text(text, encoding="utf-8")

@@ -1,0 +1,169 @@
+"""What a checkpoint's pickles would import, found without running them.
+
+    python convert/scan.py ./ckpt/Games/checkpoint-1000      # status 2 and a line a file if something foreign is there
+
+DeepSpeed reads its shards, and the trainer its random states, with the full unpickler, which can run anything. So
+every pickle of a folder is taken apart first (`pickletools`, nothing is imported or called) and compared with the
+names that torch, DeepSpeed and transformers themselves write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickletools
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: the root instead of this folder, whose names would shadow others
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch  # noqa: E402
+
+from utils import UserError, run_main  # noqa: E402
+
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
+
+_TORCH = {
+    "collections.OrderedDict",
+    "torch.Size",
+    "torch.device",
+    "torch.Tensor",
+    "torch.nn.parameter.Parameter",
+    "torch.serialization._get_layout",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_parameter",
+    "torch._tensor._rebuild_from_type_v2",
+    "torch.storage.UntypedStorage",
+    "torch.storage.TypedStorage",
+    *(f"torch.{kind}Storage" for kind in ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char")),
+    *(f"torch.{kind}Storage" for kind in ("Byte", "Bool")),
+    *(f"torch.{kind}" for kind in ("float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8", "bool")),
+}
+_NUMPY = {
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+    "numpy.ndarray",
+    "numpy.dtype",
+    "_codecs.encode",
+}
+_DEEPSPEED = {
+    "argparse.Namespace",
+    "builtins.set",
+    "__builtin__.set",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+    "deepspeed.utils.tensor_fragment.tensor_fragment",
+}
+_TRAINER = {
+    "accelerate.state.AcceleratorState",
+    "accelerate.state.PartialState",
+    "accelerate.utils.dataclasses.DistributedType",
+    "accelerate.utils.dataclasses.DeepSpeedPlugin",
+    "transformers.integrations.deepspeed.HfDeepSpeedConfig",
+    "transformers.integrations.deepspeed.HfTrainerDeepSpeedConfig",
+    "transformers.trainer_pt_utils.AcceleratorConfig",
+    "transformers.trainer_utils.HubStrategy",
+    "transformers.trainer_utils.IntervalStrategy",
+    "transformers.trainer_utils.SaveStrategy",
+    "transformers.trainer_utils.SchedulerType",
+    "transformers.training_args.OptimizerNames",
+    "transformers.training_args.TrainingArguments",
+}
+ALLOWED = frozenset(_TORCH | _NUMPY | _DEEPSPEED | _TRAINER)
+
+
+def pickle_globals(data: bytes) -> set[str]:
+    """Every name, `module.name`, that unpickling `data` would import (protocols up to 2, which torch writes).
+
+    Opcodes that torch never writes and that hide what they import (`STACK_GLOBAL`, `INST`, `EXT1`…) are reported as
+    names in angle brackets.
+    """
+    found = set()
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name == "GLOBAL":
+            found.add(".".join(str(argument).split(" ", 1)))
+        elif opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"):
+            found.add(f"<{opcode.name}>")
+    return found
+
+
+def scan_file(path: Path) -> list[str]:
+    """The foreign names of one file of `torch.save`, sorted; a name in angle brackets for what cannot be judged.
+
+    Container and record are read with torch's own reader, so that this sees the very bytes that torch would unpickle.
+    TorchScript archives and files from before torch 1.6 (a row of bare pickles) count as foreign.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # torch.load's own test; anything else it takes for bare pickles
+            return ["<not a torch archive>"]
+    try:
+        reader = torch._C.PyTorchFileReader(str(path))
+        if "constants.pkl" in reader.get_all_records():
+            return ["<TorchScript>"]
+        return sorted(pickle_globals(reader.get_record("data.pkl")) - ALLOWED)
+    except (RuntimeError, ValueError, KeyError, IndexError, EOFError):
+        return ["<not a torch archive>"]
+
+
+def _is_pickle(path: Path) -> bool:
+    """True for whatever a loader might unpickle: by its name, or because it begins like a pickle or an archive."""
+    if path.suffix in PICKLE_SUFFIXES:
+        return True
+    with open(path, "rb") as file:
+        head = file.read(4)
+    return head == b"PK\x03\x04" or head[:1] == b"\x80"
+
+
+def scan_checkpoint(folder: str | Path) -> dict[Path, list[str]]:
+    """Files below `folder` that would import foreign code when unpickled → the names they would import.
+
+    Nothing in them is run. An empty dictionary means: only what torch, DeepSpeed, numpy and the trainer write. Links
+    that lead out of the folder, and a `latest` file (DeepSpeed's pointer to its shards) that does, are listed too.
+    """
+    root = Path(folder).resolve()
+    found = {}
+    for parent, folders, files in os.walk(root):
+        for name in sorted(folders) + sorted(files):
+            path = Path(parent) / name
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                found[path] = ["<a link out of the folder>"]
+            elif name == "latest" and path.is_file() and not is_plain_name(path.read_text(errors="replace").strip()):
+                found[path] = ["<a path out of the folder>"]
+            elif path.is_file() and _is_pickle(path) and (foreign := scan_file(path)):
+                found[path] = foreign
+    return found
+
+
+def is_plain_name(name: str) -> bool:
+    """True for a name of a file or folder without any path in it."""
+    return bool(name) and name not in (".", "..") and not set("/\\\0\n") & set(name)
+
+
+def check_checkpoint(folder: str | Path) -> None:
+    """Refuse a checkpoint whose pickles would import foreign code.
+
+    Raises:
+        UserError: names the first such file and what it wants to import.
+    """
+    found = scan_checkpoint(folder)
+    if found:
+        path, names = next(iter(found.items()))
+        more = f" and {len(found) - 1} more files" if len(found) > 1 else ""
+        raise UserError(f"{path}: would run foreign code when loaded ({', '.join(names[:3])}){more}; nothing was run")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Scan a folder and say what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="a checkpoint, or a folder of checkpoints")
+    folder = Path(parser.parse_args(argv).folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    check_checkpoint(folder)
+    print(f"{folder}: no foreign code in its pickles")
+
+
+if __name__ == "__main__":
+    run_main(main)

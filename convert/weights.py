@@ -1,0 +1,366 @@
+"""Read and write model folders tensor by tensor, in blocks, without unpickling anything but tensors.
+
+A folder holds `model.safetensors`, `model-00001-of-00002.safetensors` with `model.safetensors.index.json`, or the same
+as `pytorch_model*.bin`. `Weights` reads any of them, `write_weights` writes safetensors. Neither ever holds more than
+one block of a tensor, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import queue
+import struct
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from utils import UserError, read_json
+
+BLOCK_BYTES = 32 * 2**20
+OLD_BUFFERS = (".rotary_emb.inv_freq",)  # LLaMA checkpoints of 2023 stored them; models compute them now
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_SAFETENSORS_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_TORCH_DTYPES = {name: dtype for dtype, name in _SAFETENSORS_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies and what it looks like."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def is_old_buffer(name: str) -> bool:
+    """True for buffers that old LLaMA files carry and that models now compute."""
+    return name.endswith(OLD_BUFFERS)
+
+
+def inside(folder: Path, name: str, allowed: Path | None = None) -> Path:
+    """The path of file `name` of `folder`, which must lie, symbolic links resolved, in `allowed` (default `folder`).
+
+    Raises:
+        UserError: the name is absolute, climbs out with `..`, is a link that leads out, or does not exist.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise UserError(f"{folder}: the file name {name!r} leaves the folder, refused")
+    path = folder / name
+    if not path.resolve().is_relative_to((allowed or folder).resolve()):
+        raise UserError(f"{path}: a link that leads out of the folder, refused; put the file itself there")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file, though the folder's index names it")
+    return path
+
+
+def load_torch(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a `.bin` file, mapped from disk where its format allows; nothing in it is ever run.
+
+    Raises:
+        UserError: the file holds anything but tensors in a dictionary, or is damaged.
+    """
+    try:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):  # files from before torch 1.6 cannot be mapped
+                raise
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = [word for word in str(error).replace("`", " ").split() if word.count(".") and word[0].isalpha()]
+        what = next((word for word in found if not word.startswith(("torch.", "http"))), "something else")
+        raise UserError(
+            f"{path}: holds more than tensors ({what.rstrip('.,')}) and could run code, so it was not read"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path}: not a readable torch file ({reason})") from None
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise UserError(f"{path}: not a dictionary of tensors")
+    return content
+
+
+def open_safetensors(path: Path):  # noqa: ANN201  (safetensors has no public type for it)
+    """`safe_open`, with a clear error for a damaged file."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+class Weights:
+    """The tensors of a model folder, read lazily: `entries` is known at once, `blocks` reads from disk.
+
+    Args:
+        folder: with `model*.safetensors` or `pytorch_model*.bin` (safetensors win where both are there).
+        allowed: folder that symbolic links may lead into (the blob store of the hub's cache); default `folder`.
+        stem: the files' name when it is not a model: `("adapter_model",)`.
+    """
+
+    def __init__(
+        self, folder: Path, allowed: Path | None = None, stem: tuple[str, ...] = ("model", "pytorch_model")
+    ) -> None:
+        self.folder = Path(folder)
+        self.allowed = allowed
+        self.files, self._weight_map = self._find(stem)
+        self.entries: dict[str, Entry] = {}
+        for path in self.files:
+            for name, entry in self._scan(path):
+                if self._weight_map and self._weight_map.get(name) != path.name:
+                    continue  # the index decides where a name lies
+                self.entries[name] = entry
+        lost = sorted(set(self._weight_map) - set(self.entries))
+        if lost:
+            raise UserError(f"{self.folder}: the index names {lost[0]} (and {len(lost) - 1} more), no file has it")
+
+    def _find(self, stems: tuple[str, ...]) -> tuple[list[Path], dict[str, str]]:
+        for suffix in (".safetensors", ".bin"):
+            for stem in stems:
+                index = self.folder / f"{stem}{suffix}.index.json"
+                if index.is_file():
+                    return self._read_index(inside(self.folder, index.name, self.allowed))
+                if (self.folder / f"{stem}{suffix}").is_file():
+                    return [inside(self.folder, f"{stem}{suffix}", self.allowed)], {}
+        for suffix in (".safetensors", ".bin"):
+            for stem in stems:  # shards whose index was lost
+                found = sorted(self.folder.glob(f"{stem}-*-of-*{suffix}"))
+                if found:
+                    return self._complete(found), {}
+        wanted = " or ".join(f"{stem}*{suffix}" for stem, suffix in zip(stems, (".safetensors", ".bin"), strict=False))
+        raise UserError(f"{self.folder}: has no weights ({wanted})")
+
+    def _read_index(self, path: Path) -> tuple[list[Path], dict[str, str]]:
+        content = read_json(path)
+        weight_map = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise UserError(f"{path}: has no weight_map from tensor names to file names")
+        names = sorted(set(weight_map.values()))
+        return [inside(self.folder, name, self.allowed) for name in names], weight_map
+
+    def _complete(self, found: list[Path]) -> list[Path]:
+        wanted = int(found[0].stem.rsplit("-", 1)[1])
+        if len(found) != wanted:
+            raise UserError(f"{self.folder}: {len(found)} of {wanted} weight files are there; download the rest")
+        return [inside(self.folder, path.name, self.allowed) for path in found]
+
+    def _scan(self, path: Path) -> Iterator[tuple[str, Entry]]:
+        if path.suffix == ".bin":
+            for name, tensor in load_torch(path).items():
+                yield name, Entry(path, tuple(tensor.shape), tensor.dtype)
+            return
+        handle = open_safetensors(path)
+        for name in handle.keys():  # noqa: SIM118  (not a dictionary)
+            view = handle.get_slice(name)
+            if view.get_dtype() not in _TORCH_DTYPES:
+                raise UserError(f"{path}: {name} has the type {view.get_dtype()}, which is not supported")
+            yield name, Entry(path, tuple(view.get_shape()), _TORCH_DTYPES[view.get_dtype()])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """The tensor in order, as blocks of whole rows (views of a fresh mapping, which is dropped block by block).
+
+        The pages of a mapping count as memory until it goes: opening the file anew for each block costs milliseconds
+        and keeps the peak at one block.
+        """
+        entry = self.entries[name]
+        for start, stop in row_blocks(entry.shape):
+            if entry.file.suffix == ".bin":
+                tensor = load_torch(entry.file)[name]
+                yield tensor[start:stop] if entry.shape else tensor
+            else:
+                handle = open_safetensors(entry.file)
+                yield handle.get_slice(name)[start:stop] if entry.shape else handle.get_tensor(name)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor, in memory of its own."""
+        entry = self.entries[name]
+        if not entry.shape or 0 in entry.shape:
+            return torch.empty(entry.shape, dtype=entry.dtype) if 0 in entry.shape else next(self.blocks(name)).clone()
+        return torch.cat([block.clone() for block in self.blocks(name)])
+
+
+def row_blocks(shape: tuple[int, ...], rows_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
+    """Row ranges (start, stop) of a tensor of `shape`, of about `rows_bytes` at 4 bytes a number; none if it is empty.
+
+    The ranges depend on the shape alone, so that two tensors of one shape are cut alike whatever their types.
+    """
+    if not shape:
+        yield 0, 1
+        return
+    row = 4
+    for size in shape[1:]:
+        row *= size
+    step = max(1, rows_bytes // row) if row else shape[0]
+    for start in range(0, shape[0] if row else 0, step):
+        yield start, min(shape[0], start + step)
+
+
+@dataclass
+class Shard:
+    """A file to be written: its name and the (shape, dtype) of its tensors, in order."""
+
+    name: str
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the data."""
+        return sum(tensor_bytes(*spec) for spec in self.tensors.values())
+
+
+def tensor_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes of a tensor of this shape and type."""
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def plan_shards(
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]], max_shard_bytes: int, stem: str = "model"
+) -> list[Shard]:
+    """Distribute tensors, in the order given, over safetensors files of at most `max_shard_bytes` (or one tensor)."""
+    shards: list[Shard] = [Shard("")]
+    for name, spec in tensors.items():
+        if shards[-1].tensors and shards[-1].bytes + tensor_bytes(*spec) > max_shard_bytes:
+            shards.append(Shard(""))
+        shards[-1].tensors[name] = spec
+    for number, shard in enumerate(shards, 1):
+        shard.name = (
+            f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else f"{stem}.safetensors"
+        )
+    return shards
+
+
+class _Sink:
+    """A file written, and hashed, by a thread of its own, so that reading and adding go on meanwhile."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "wb")  # noqa: SIM115  (closed by finish)
+        self._hash = hashlib.sha256()
+        self._error: BaseException | None = None
+        self._queue: queue.Queue[bytes | memoryview | None] = queue.Queue(maxsize=2)
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        while (data := self._queue.get()) is not None:
+            if self._error is None:
+                try:
+                    self._file.write(data)
+                    self._hash.update(data)
+                except BaseException as error:  # noqa: BLE001  (raised again by the writer's own thread)
+                    self._error = error
+
+    def write(self, data: bytes | memoryview) -> None:
+        if self._error:
+            raise self._error
+        self._queue.put(data)
+
+    def finish(self) -> str:
+        """Wait, flush to the disk, close; the SHA-256 in hex."""
+        self._queue.put(None)
+        self._thread.join()
+        try:
+            if self._error:
+                raise self._error
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+        return self._hash.hexdigest()
+
+
+def write_shard(path: Path, shard: Shard, blocks: Callable[[str], Iterable[torch.Tensor]]) -> str:
+    """Write one safetensors file front to back; `blocks(name)` gives a tensor's blocks of rows.
+
+    Returns:
+        The file's SHA-256.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (shape, dtype) in shard.tensors.items():
+        end = offset + tensor_bytes(shape, dtype)
+        header[name] = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    try:
+        sink = _Sink(path)
+        try:
+            sink.write(struct.pack("<Q", len(text)) + text)
+            for name, (shape, dtype) in shard.tensors.items():
+                wanted = tensor_bytes(shape, dtype)
+                for block in blocks(name):
+                    data = memoryview(block.contiguous().flatten().view(torch.uint8).numpy())
+                    wanted -= len(data)
+                    sink.write(data)
+                if wanted:
+                    raise RuntimeError(f"{name}: {wanted} bytes too few were written")
+        finally:
+            digest = sink.finish()
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); free some space or choose another place"
+        ) from None
+    return digest
+
+
+def write_weights(
+    folder: Path,
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]],
+    blocks: Callable[[str], Iterable[torch.Tensor]],
+    max_shard_bytes: int,
+    stem: str = "model",
+) -> dict[str, str]:
+    """Write all `tensors` as safetensors files, with an index where there are several.
+
+    Returns:
+        File name → SHA-256.
+    """
+    shards = plan_shards(tensors, max_shard_bytes, stem)
+    digests = {shard.name: write_shard(folder / shard.name, shard, blocks) for shard in shards}
+    if len(shards) > 1:
+        total = sum(shard.bytes for shard in shards)
+        weight_map = {name: shard.name for shard in shards for name in shard.tensors}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return digests
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `5GB`, `200MB`, `10KB` or a plain number (powers of ten, as on the hub)."""
+    units = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1, "": 1}
+    number = text.upper().rstrip("GMKB")
+    unit = text.upper()[len(number) :]
+    try:
+        size = int(float(number) * units[unit])
+    except (ValueError, KeyError):
+        raise UserError(f"{text!r} is not a size; write for example 5GB or 200MB") from None
+    if size <= 0:
+        raise UserError(f"{text!r}: a shard's size must be positive")
+    return size
