@@ -1,0 +1,21 @@
+# Sourced by run.sh, test.sh and tests/run.sh: the virtual environment, and small helpers.
+
+# setup_env REQUIREMENTS: activate the environment that is active or .venv (made if missing) and install what is pinned.
+# Nothing is installed again as long as the requirement files are unchanged. VENV names another folder.
+setup_env() {
+  local folder="${VENV:-${VIRTUAL_ENV:-.venv}}" python="${PYTHON:-python3}" stamp wanted
+  if [ ! -x "$folder/bin/python" ]; then
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+      { echo "error: Python 3.11 or newer is needed; name one with PYTHON=/path/to/python3.11" >&2; exit 2; }
+    echo "setting up $folder (a few minutes, once)"
+    "$python" -m venv "$folder"
+  fi
+  # shellcheck disable=SC1091
+  source "$folder/bin/activate"
+  stamp="$folder/.installed-${1//\//-}"
+  wanted="$(cat requirements.txt "$1" | cksum)"
+  if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    python -m pip install --quiet --disable-pip-version-check -r "$1"
+    echo "$wanted" > "$stamp"
+  fi
+}
