@@ -19,6 +19,7 @@ from convert.weights import Weights, inside
 from utils import UserError, read_json
 
 ITEM_TOKEN = re.compile(r"<[a-z]_\d+>")
+ROW_PADDING = 128  # embeddings are sometimes padded to a multiple of at most this
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -81,7 +82,7 @@ def find_model(name: str | Path) -> ModelFolder:
 def download(repo_id: str) -> str:
     """Download weights (safetensors if there are any, else .bin), settings and tokenizer of a hub repository."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         files = HfApi().list_repo_files(repo_id)
@@ -149,6 +150,30 @@ def load_tokenizer(folder: ModelFolder):  # noqa: ANN201  (a transformers tokeni
 def item_tokens(tokenizer) -> dict[str, int]:  # noqa: ANN001
     """Item tokens (`<a_12>`) of a tokenizer and their ids."""
     return {token: number for token, number in tokenizer.get_added_vocab().items() if ITEM_TOKEN.fullmatch(token)}
+
+
+def check_item_tokens(delta: ModelFolder, base: ModelFolder, rows: int, base_rows: int) -> int:
+    """Check that the delta's tokenizer and the embedding's `rows` belong together; the number of item tokens.
+
+    Raises:
+        UserError: tokens have no row, added rows have no token, or item tokens sit on tokens of the base.
+    """
+    tokenizer = load_tokenizer(delta)
+    tokens = item_tokens(tokenizer)
+    place = delta.path
+    if not tokens:
+        raise UserError(f"{place}: its tokenizer has no item tokens (<a_0>, …); its files are not this delta's")
+    if max(tokens.values()) >= rows or len(tokenizer) > rows:
+        raise UserError(f"{place}: the tokenizer has {len(tokenizer)} tokens, the embedding only {rows} rows")
+    if rows > base_rows and rows - len(tokenizer) >= ROW_PADDING:
+        raise UserError(f"{place}: {rows} rows of the embedding, but {len(tokenizer)} tokens in the tokenizer")
+    if any(base.has(name) for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        ours = load_tokenizer(base).get_vocab()
+        taken = set(ours.values())
+        clash = next((t for t, number in tokens.items() if number in taken and ours.get(t) != number), None)
+        if clash:
+            raise UserError(f"{place}: item token {clash} has the id {tokens[clash]}, which is a token of the base")
+    return len(tokens)
 
 
 def copy_files(source: ModelFolder, target: Path, patterns: tuple[str, ...]) -> list[str]:

@@ -352,6 +352,42 @@ def write_weights(
     return digests
 
 
+class InputHashes:
+    """SHA-256 of the input files, computed by a thread of its own while a `with` block reads them.
+
+    Args:
+        sides: name of the side → its files.
+    """
+
+    def __init__(self, sides: dict[str, list[Path]]) -> None:
+        self._sides = sides
+        self._found: dict[str, dict[str, str]] = {side: {} for side in sides}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+
+    def _work(self) -> None:
+        for side, files in self._sides.items():
+            for path in files:
+                digest = hashlib.sha256()
+                with open(path, "rb") as file:
+                    while (data := file.read(2**22)) and not self._stop.is_set():
+                        digest.update(data)
+                self._found[side][path.name] = digest.hexdigest()
+
+    def __enter__(self) -> InputHashes:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def result(self) -> dict[str, dict[str, str]]:
+        """Side → file name → SHA-256, when all are there."""
+        self._thread.join()
+        return self._found
+
+
 def parse_size(text: str) -> int:
     """Bytes of `5GB`, `200MB`, `10KB` or a plain number (powers of ten, as on the hub)."""
     units = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1, "": 1}

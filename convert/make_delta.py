@@ -1,0 +1,142 @@
+"""Make a delta that is small to license and easy to share: what a fine-tuned model adds to its base.
+
+    python convert/make_delta.py --base-model-path llama-7b --target-model-path ckpt/Games --delta-path Games-delta
+    … --hub-repo-id you/Games-delta      # and push it to the hub
+
+For tensors of equal shape delta = target − base, in float16; those that grew with the vocabulary are stored whole.
+`merge_delta.py` reverses it. `delta_report.json` says in which tensors, and in how many numbers, base + delta is not
+the target bit for bit (where the difference cannot be represented in float16).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: the root instead of this folder, whose names would shadow others
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from convert.folder import TOKENIZER_FILES, ModelFolder, copy_files, find_model, new_folder, write_settings  # noqa: E402
+from convert.merge_delta import Plan, plan_merge  # noqa: E402
+from convert.weights import DTYPES, InputHashes, Weights, parse_size, write_weights  # noqa: E402
+from utils import UserError, run_main, say, versions, write_json  # noqa: E402
+
+
+def delta_blocks(
+    name: str, plan: Plan, base: Weights, target: Weights, inexact: dict[str, int]
+) -> Iterator[torch.Tensor]:
+    """Blocks of the delta of tensor `name`, in `plan.dtype`; counts into `inexact[name]` what merging will miss.
+
+    Raises:
+        UserError: the target or the difference is NaN or inf in this type.
+    """
+    source = plan.base_of[name]
+    if source is None:
+        for block in target.blocks(name):
+            whole = block.to(plan.dtype)
+            _refuse_infinite(name, whole, block)
+            inexact[name] = inexact.get(name, 0) + int((whole.to(block.dtype) != block).sum())
+            yield whole
+        return
+    for block, ours in zip(target.blocks(name), base.blocks(source), strict=True):
+        wanted, ours = block.to(plan.dtype), ours.to(plan.dtype)
+        difference = wanted - ours
+        _refuse_infinite(name, difference, block)
+        inexact[name] = inexact.get(name, 0) + int((ours + difference != wanted).sum())
+        yield difference
+
+
+def _refuse_infinite(name: str, result: torch.Tensor, target: torch.Tensor) -> None:
+    if torch.isfinite(result).all():
+        return
+    if not torch.isfinite(target).all():
+        raise UserError(f"{name}: the target holds NaN or inf; the run diverged, take an earlier checkpoint")
+    kind = str(result.dtype).removeprefix("torch.")
+    raise UserError(f"{name}: the difference overflows {kind}; use --dtype bfloat16 or float32, also when merging")
+
+
+def make_delta(
+    base: ModelFolder, target: ModelFolder, delta: Path, dtype: torch.dtype, max_shard_bytes: int, overwrite: bool
+) -> dict[str, Any]:
+    """Write target − base to the folder `delta`; the report, as in `delta_report.json`."""
+    b, t = base.weights(), target.weights()
+    plan = plan_merge(base, target, b, t, dtype)
+    inexact: dict[str, int] = {}
+    with new_folder(delta, overwrite) as partial, InputHashes({"base": b.files, "target": t.files}) as inputs:
+        copy_files(target, partial, (*TOKENIZER_FILES, "generation_config.json"))
+        bar = tqdm(plan.shapes, unit="tensor", disable=None)
+        names = iter(bar)
+
+        def blocks(name: str) -> Iterator[torch.Tensor]:
+            next(names)
+            return delta_blocks(name, plan, b, t, inexact)
+
+        outputs = write_weights(
+            partial, {name: (shape, dtype) for name, shape in plan.shapes.items()}, blocks, max_shard_bytes
+        )
+        bar.close()
+        report = {
+            "arithmetic": f"{dtype}(target) - {dtype}(base) in {dtype}".replace("torch.", ""),
+            "whole": [name for name, source in plan.base_of.items() if source is None],
+            "inexact": {name: count for name, count in inexact.items() if count},
+            "numbers": sum(torch.Size(shape).numel() for shape in plan.shapes.values()),
+            "sha256": {**inputs.result(), "delta": outputs},
+            "versions": versions("torch", "transformers", "safetensors"),
+        }
+        write_json(partial / "delta_report.json", report)
+        plan.config.dtype = dtype
+        write_settings(partial, plan.config.to_diff_dict())
+    return report
+
+
+def push(folder: Path, repo_id: str) -> None:
+    """Upload a folder to the hub; the login of `hf auth login` is used.
+
+    Raises:
+        UserError: the hub refused it.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        api = HfApi()
+        api.create_repo(repo_id, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=str(folder))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UserError(
+            f"{repo_id}: the hub refused it ({str(error).strip().splitlines()[0]}); try hf auth login"
+        ) from None
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Make one delta, and push it if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base-model-path", required=True, help="base model: folder or hub id")
+    parser.add_argument("--target-model-path", required=True, help="fine-tuned model: folder or hub id")
+    parser.add_argument("--delta-path", required=True, help="folder to write; must not exist yet")
+    parser.add_argument("--hub-repo-id", help="also push the delta to this hub repository (owner/name)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="arithmetic and result (default: float16)")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (default: 5GB)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the delta if it exists")
+    args = parser.parse_args(argv)
+    base, target = find_model(args.base_model_path), find_model(args.target_model_path)
+    delta = Path(args.delta_path)
+    report = make_delta(base, target, delta, DTYPES[args.dtype], parse_size(args.max_shard_size), args.overwrite)
+    missed = sum(report["inexact"].values())
+    say(
+        f"{delta}: {len(report['whole'])} tensors whole; merging it gives the target bit for bit but for {missed} of "
+        f"{report['numbers']} numbers in {len(report['inexact'])} tensors (delta_report.json)"
+    )
+    if args.hub_repo_id:
+        push(delta, args.hub_repo_id)
+        say(f"https://huggingface.co/{args.hub_repo_id}")
+
+
+if __name__ == "__main__":
+    run_main(main)

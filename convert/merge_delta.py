@@ -1,0 +1,255 @@
+"""Rebuild a model from its base and a delta: where shapes agree target = base + delta, else the delta's tensor whole.
+
+    python convert/merge_delta.py --base-model-path llama-7b --target-model-path ckpt/Games --delta-path Games-delta
+
+Base and delta are folders or hub ids, `.bin` or safetensors, whole or in shards. The sum is taken in float16, as for
+the released deltas (`--dtype` for others), block by block: memory stays under 1 GB plus the largest tensor whatever
+the size of the model. Everything is checked; the target folder appears only when it is complete.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: the root instead of this folder, whose names would shadow others
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from convert.folder import (  # noqa: E402
+    TOKENIZER_FILES,
+    ModelFolder,
+    check_item_tokens,
+    copy_files,
+    embedding_names,
+    find_model,
+    load_config,
+    new_folder,
+    skeleton,
+    write_settings,
+)
+from convert.weights import (  # noqa: E402
+    DTYPES,
+    InputHashes,
+    Weights,
+    is_old_buffer,
+    parse_size,
+    write_weights,
+)
+from utils import UserError, run_main, say, versions, write_json  # noqa: E402
+
+SAME_MODEL = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+
+
+@dataclass
+class Plan:
+    """What is done with every tensor of the target, decided and checked before anything is written."""
+
+    config: Any
+    dtype: torch.dtype
+    base_of: dict[str, str | None]  # tensor → the base's tensor to add; None: copied whole from the delta
+    shapes: dict[str, tuple[int, ...]]
+    dropped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def plan_merge(base: ModelFolder, delta: ModelFolder, b: Weights, d: Weights, dtype: torch.dtype) -> Plan:
+    """Compare the two sides and decide for every tensor.
+
+    Raises:
+        UserError: the delta belongs to another base, or names or shapes do not fit.
+    """
+    base_config = load_config(base)
+    config = load_config(delta) if delta.has("config.json") else load_config(base)
+    for key in SAME_MODEL:
+        ours, theirs = getattr(base_config, key, None), getattr(config, key, None)
+        if ours != theirs:
+            raise UserError(f"{delta.path}: is a delta of another base: its {key} is {theirs}, the base's {ours}")
+    embedding, head = embedding_names(config)
+    names = [name for name in d if not is_old_buffer(name)]
+    dropped = sorted({name for side in (b, d) for name in side if is_old_buffer(name)})
+    plan = Plan(config, dtype, {}, {name: d.entries[name].shape for name in names}, dropped)
+    if embedding not in d:
+        raise UserError(f"{delta.path}: lacks {embedding}")
+    plan.config.vocab_size = d.entries[embedding].shape[0]
+    wanted, ties = skeleton(plan.config)
+    for name in names:
+        source = (
+            name if name in b else ties.get(name) or (embedding if name == head and _is_tied(base_config) else None)
+        )
+        if source is None or source not in b:
+            raise UserError(f"{base.path}: lacks {name}, which the delta has; it is a delta of another base")
+        plan.base_of[name] = _same_or_grown(name, b.entries[source].shape, plan.shapes[name], (embedding, head), source)
+    for name in b:
+        if name not in d and not is_old_buffer(name) and name not in ties:
+            raise UserError(
+                f"{delta.path}: lacks {name}, which the base has; the delta is incomplete or of another base"
+            )
+    _check_target(plan, wanted, ties, delta.path)
+    if dropped:
+        plan.notes.append(f"{len(dropped)} buffers that models now compute were dropped ({dropped[0]} …)")
+    return plan
+
+
+def _is_tied(config: Any) -> bool:
+    return bool(getattr(config, "tie_word_embeddings", False))
+
+
+def _same_or_grown(
+    name: str, base: tuple[int, ...], delta: tuple[int, ...], vocabulary: tuple[str, str | None], source: str
+) -> str | None:
+    """The base's tensor to add, or None where the vocabulary grew and the delta holds the tensor whole."""
+    if base == delta:
+        return source
+    if name in vocabulary and base[1:] == delta[1:] and delta[0] > base[0]:
+        return None
+    raise UserError(f"{name}: the delta has the shape {list(delta)}, the base {list(base)}; it is of another base")
+
+
+def _check_target(plan: Plan, wanted: dict[str, tuple[int, ...]], ties: dict[str, str], place: Path) -> None:
+    """The target must be what its configuration describes, tied names aside."""
+    for name, shape in wanted.items():
+        if name not in plan.shapes and name not in ties:
+            raise UserError(f"{place}: lacks {name}, which the model of its config.json has")
+        if plan.shapes.get(name, shape) != shape:
+            raise UserError(f"{place}: {name} is {list(plan.shapes[name])}, config.json makes it {list(shape)}")
+    for name in plan.shapes:
+        if name not in wanted and name not in ties:
+            raise UserError(f"{place}: {name} is not part of a {plan.config.model_type}; nothing would load it")
+    for alias, source in ties.items():
+        if alias in plan.shapes and plan.shapes[alias] != plan.shapes[source]:
+            raise UserError(f"{place}: {alias} and {source} are tied in config.json but differ in shape")
+
+
+def merged_blocks(name: str, plan: Plan, b: Weights, d: Weights) -> Iterator[torch.Tensor]:
+    """Blocks of the target's tensor `name` in `plan.dtype`.
+
+    Raises:
+        UserError: the sum, or one of its parts, is NaN or inf.
+    """
+    source = plan.base_of[name]
+    if source is None:
+        for block in d.blocks(name):
+            yield _finite(name, block.to(plan.dtype), block, None)
+        return
+    for ours, theirs in zip(b.blocks(source), d.blocks(name), strict=True):
+        yield _finite(name, ours.to(plan.dtype) + theirs.to(plan.dtype), theirs, ours)
+
+
+def _finite(name: str, total: torch.Tensor, delta: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
+    if torch.isfinite(total).all():
+        return total
+    for side, block in (("delta", delta), ("base", base)):
+        if block is not None and not torch.isfinite(block).all():
+            raise UserError(f"{name}: the {side} holds NaN or inf; download it again")
+    kind = str(total.dtype).removeprefix("torch.")
+    raise UserError(f"{name}: the sum overflows {kind}; use --dtype bfloat16 or float32")
+
+
+def merge(
+    base: ModelFolder, delta: ModelFolder, target: Path, dtype: torch.dtype, max_shard_bytes: int, overwrite: bool
+) -> dict[str, Any]:
+    """Write base + delta to the folder `target`; the report, as in `merge_report.json`."""
+    b, d = base.weights(), delta.weights()
+    plan = plan_merge(base, delta, b, d, dtype)
+    rows = plan.config.vocab_size
+    tokens = check_item_tokens(delta, base, rows, b.entries[embedding_names(plan.config)[0]].shape[0])
+    _, ties = skeleton(plan.config)
+    written = {name: (shape, dtype) for name, shape in plan.shapes.items() if name not in ties}
+    with new_folder(target, overwrite) as partial, InputHashes({"base": b.files, "delta": d.files}) as inputs:
+        copy_files(delta, partial, (*TOKENIZER_FILES, "generation_config.json"))
+        bar = tqdm(written, unit="tensor", disable=None)
+        names = iter(bar)
+
+        def blocks(name: str) -> Iterator[torch.Tensor]:
+            next(names)
+            return merged_blocks(name, plan, b, d)
+
+        outputs = write_weights(partial, written, blocks, max_shard_bytes)
+        bar.close()
+        _check_ties(plan, ties, b, d)
+        report = build_report(plan, written, b, d, inputs.result(), outputs, tokens)
+        write_json(partial / "merge_report.json", report)
+        plan.config.dtype = dtype
+        write_settings(partial, plan.config.to_diff_dict())
+    return report
+
+
+def _check_ties(plan: Plan, ties: dict[str, str], b: Weights, d: Weights) -> None:
+    """A tensor that config.json ties to another is not stored again; it must be equal to it."""
+    for alias, source in ties.items():
+        if alias not in plan.shapes:
+            continue
+        pairs = zip(merged_blocks(alias, plan, b, d), merged_blocks(source, plan, b, d), strict=True)
+        if not all(torch.equal(one, other) for one, other in pairs):
+            raise UserError(f"{alias}: differs from {source}, to which config.json ties it (tie_word_embeddings)")
+        plan.notes.append(f"{alias} equals {source} and is tied to it: stored once")
+
+
+def build_report(
+    plan: Plan,
+    written: dict[str, tuple[tuple[int, ...], torch.dtype]],
+    b: Weights,
+    d: Weights,
+    inputs: dict[str, dict[str, str]],
+    outputs: dict[str, str],
+    tokens: int,
+) -> dict[str, Any]:
+    """What was done with each tensor, and the hashes of all weight files."""
+    dtype = str(plan.dtype).removeprefix("torch.")
+    tensors = {}
+    for name, (shape, _) in written.items():
+        source = plan.base_of[name]
+        tensors[name] = {
+            "done": "copied whole" if source is None else "summed",
+            "shape": list(shape),
+            "dtype": dtype,
+            "delta_dtype": str(d.entries[name].dtype).removeprefix("torch."),
+        }
+        if source is not None:
+            tensors[name]["base_dtype"] = str(b.entries[source].dtype).removeprefix("torch.")
+    return {
+        "arithmetic": f"{dtype}(base) + {dtype}(delta) in {dtype}",
+        "base": str(b.folder),
+        "delta": str(d.folder),
+        "item_tokens": tokens,
+        "notes": plan.notes,
+        "dropped": plan.dropped,
+        "tensors": tensors,
+        "sha256": {**inputs, "target": outputs},
+        "versions": versions("torch", "transformers", "safetensors"),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Merge one delta."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base-model-path", required=True, help="base model: folder or hub id")
+    parser.add_argument("--target-model-path", required=True, help="folder to write; must not exist yet")
+    parser.add_argument("--delta-path", required=True, help="delta: folder or hub id")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="arithmetic and result (default: float16)")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (default: 5GB)")
+    parser.add_argument("--low-cpu-mem", action="store_true", help="for old commands: memory is always kept low")
+    parser.add_argument("--overwrite", action="store_true", help="replace the target if it exists")
+    args = parser.parse_args(argv)
+    base, delta = find_model(args.base_model_path), find_model(args.delta_path)
+    target = Path(args.target_model_path)
+    report = merge(base, delta, target, DTYPES[args.dtype], parse_size(args.max_shard_size), args.overwrite)
+    done = [entry["done"] for entry in report["tensors"].values()]
+    for note in report["notes"]:
+        say(f"note: {note}")
+    say(
+        f"{target}: {done.count('summed')} tensors summed, {done.count('copied whole')} copied whole, "
+        f"{report['item_tokens']} item tokens; see {json.dumps(str(target / 'merge_report.json'))[1:-1]}"
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
