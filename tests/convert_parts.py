@@ -1,0 +1,115 @@
+"""Tiny models, tokenizers and malicious files for the tests of convert/."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import sentencepiece
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = [f"the user bought item number {i} and also {i * 7} blue or red things" for i in range(300)]
+VOCABULARY = 300
+ITEM_TOKENS = sorted(f"<{level}_{code}>" for level in "abcd" for code in range(4))
+
+
+def save_tokenizer(folder: Path, item_tokens: list[str] = ()) -> None:
+    """A LLaMA tokenizer in the layout of 2023: tokenizer.model, and added_tokens.json for the item tokens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(WORDS),
+        model_writer=model,
+        vocab_size=VOCABULARY,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    if item_tokens:
+        ids = {token: VOCABULARY + number for number, token in enumerate(item_tokens)}
+        (folder / "added_tokens.json").write_text(json.dumps(ids))
+
+
+def tiny_llama(vocabulary: int = VOCABULARY, tied: bool = False, seed: int = 0, **settings: int) -> LlamaForCausalLM:
+    """A random LLaMA of a few thousand parameters."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4} | settings
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=tied, **sizes)).eval()
+
+
+def fine_tuned(base: LlamaForCausalLM, tokens: int = len(ITEM_TOKENS), seed: int = 1) -> LlamaForCausalLM:
+    """A copy of `base` with `tokens` more rows and every weight moved a little."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(copy.deepcopy(base.config))
+    model.load_state_dict(base.state_dict())
+    model.resize_token_embeddings(base.config.vocab_size + tokens, mean_resizing=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def save_bin(state: dict[str, torch.Tensor], folder: Path, shards: int = 1) -> None:
+    """Save as `pytorch_model*.bin`, in the released layout (index, several shards) when `shards` > 1."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if shards == 1:
+        torch.save(state, folder / "pytorch_model.bin")
+        return
+    names = list(state)
+    weight_map = {}
+    for number in range(shards):
+        file = f"pytorch_model-{number + 1:05d}-of-{shards:05d}.bin"
+        part = {name: state[name].clone() for name in names[number::shards]}
+        torch.save(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def save_model(model: LlamaForCausalLM, folder: Path, kind: str = "safetensors", dtype=torch.float16) -> None:
+    """Save config and weights: `safetensors`, `safetensors-sharded`, `bin` or `bin-sharded`."""
+    state = {name: tensor.detach().to(dtype) for name, tensor in model.state_dict().items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.dtype = dtype
+    model.config.architectures = ["LlamaForCausalLM"]
+    model.config.save_pretrained(folder)
+    if kind.startswith("bin"):
+        save_bin(state, folder, 3 if kind.endswith("sharded") else 1)
+        return
+    cast = LlamaForCausalLM(model.config).to(dtype)
+    cast.load_state_dict(state)
+    cast.save_pretrained(folder, max_shard_size="20KB" if kind.endswith("sharded") else "1GB")
+
+
+def run_script(*words: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `python *words` from `cwd`; output as text."""
+    command = [sys.executable, *map(str, words)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable} | environment
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+class Bomb:
+    """Unpickling it creates a file, as a stand-in for anything an attacker would run."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.witness),)
+
+
+def bomb_bytes(witness: Path) -> bytes:
+    """A bare pickle with a `Bomb` in it."""
+    return pickle.dumps({"weight": Bomb(witness)})

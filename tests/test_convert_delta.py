@@ -1,0 +1,148 @@
+"""merge_delta and make_delta: the released convention, checked on weights and logits, for every kind of file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from convert_parts import (
+    ITEM_TOKENS,
+    VOCABULARY,
+    fine_tuned,
+    run_script,
+    save_bin,
+    save_model,
+    save_tokenizer,
+    tiny_llama,
+)
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from convert import make_delta, merge_delta
+from utils import UserError
+
+KINDS = ("safetensors", "safetensors-sharded", "bin", "bin-sharded")
+
+
+def half(model) -> dict[str, torch.Tensor]:
+    """The model's tensors in float16."""
+    return {name: tensor.detach().half() for name, tensor in model.state_dict().items()}
+
+
+def save_delta(base, target, folder: Path, kind: str = "bin-sharded") -> None:
+    """The delta as the original's script makes it: plain arithmetic in float16 over whole state dicts."""
+    ours, theirs = half(base), half(target)
+    delta = {n: t if t.shape != ours[n].shape else t - ours[n] for n, t in theirs.items()}
+    target.config.save_pretrained(folder)
+    if kind.startswith("bin"):
+        save_bin(delta, folder, 3 if kind.endswith("sharded") else 1)
+    else:
+        copy = type(target)(target.config).half()
+        copy.load_state_dict(delta)
+        copy.save_pretrained(folder, max_shard_size="20KB" if kind.endswith("sharded") else "1GB")
+    save_tokenizer(folder, ITEM_TOKENS)
+
+
+def expected(base, target) -> dict[str, torch.Tensor]:
+    """base + delta in float16, everything in memory: the slow oracle."""
+    ours, theirs = half(base), half(target)
+    return {n: t if t.shape != ours[n].shape else ours[n] + (t - ours[n]) for n, t in theirs.items()}
+
+
+@pytest.fixture
+def parts(tmp_path):
+    base = tiny_llama()
+    target = fine_tuned(base)
+    save_model(base, tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    save_delta(base, target, tmp_path / "delta")
+    return base, target, tmp_path
+
+
+def merge(folder: Path, *words: str) -> dict:
+    merge_delta.main(
+        ["--base-model-path", f"{folder}/base", "--delta-path", f"{folder}/delta"]
+        + ["--target-model-path", f"{folder}/target", *words]
+    )
+    return json.loads((folder / "target/merge_report.json").read_text())
+
+
+@pytest.mark.parametrize("base_dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", KINDS)
+def test_merge_is_the_float16_sum_for_every_kind_of_file(tmp_path, kind, base_dtype):
+    base = tiny_llama().to(base_dtype)
+    target = fine_tuned(tiny_llama().to(base_dtype).float())
+    save_model(base, tmp_path / "base", kind, base_dtype)
+    save_tokenizer(tmp_path / "base")
+    save_delta(base, target, tmp_path / "delta", KINDS[-1 - KINDS.index(kind)])
+    merge(tmp_path, "--max-shard-size", "40KB")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
+    assert merged.dtype == torch.float16
+    for name, tensor in expected(base, target).items():
+        assert torch.equal(merged.state_dict()[name], tensor), name
+    assert len(list((tmp_path / "target").glob("model-*.safetensors"))) > 1
+
+
+def test_merged_model_has_the_logits_of_the_fine_tuned_one_and_its_tokenizer(parts):
+    base, target, folder = parts
+    report = merge(folder)
+    merged = AutoModelForCausalLM.from_pretrained(folder / "target", dtype=torch.float32)
+    ids = torch.arange(VOCABULARY + len(ITEM_TOKENS))[None, -40:]
+    assert torch.allclose(merged(ids).logits, target(ids).logits, atol=2e-3)
+    inside = torch.arange(VOCABULARY)[None, -40:]
+    assert (merged(inside).logits[..., :VOCABULARY] - base(inside).logits).abs().max() > 0.01
+    tokenizer = AutoTokenizer.from_pretrained(folder / "target")
+    assert len(tokenizer) == merged.config.vocab_size == VOCABULARY + len(ITEM_TOKENS)
+    assert tokenizer.convert_tokens_to_ids(ITEM_TOKENS) == list(range(VOCABULARY, VOCABULARY + len(ITEM_TOKENS)))
+    assert report["tensors"]["lm_head.weight"]["done"] == "copied whole"
+    assert report["tensors"]["model.norm.weight"]["done"] == "summed"
+
+
+def test_make_delta_then_merge_gives_the_target_back(parts):
+    base, target, folder = parts
+    save_model(target, folder / "tuned")
+    save_tokenizer(folder / "tuned", ITEM_TOKENS)
+    shutil.rmtree(folder / "delta")
+    words = ["--base-model-path", f"{folder}/base", "--target-model-path", f"{folder}/tuned"]
+    make_delta.main([*words, "--delta-path", f"{folder}/delta"])
+    report = json.loads((folder / "delta/delta_report.json").read_text())
+    merge(folder)
+    got, wanted = load_file(folder / "target/model.safetensors"), load_file(folder / "tuned/model.safetensors")
+    assert got.keys() == wanted.keys()
+    wrong = {name: int((got[name] != wanted[name]).sum()) for name in wanted}
+    assert {name: count for name, count in wrong.items() if count} == report["inexact"]
+
+
+def test_old_llama_buffers_are_dropped_with_a_note(parts, capsys):
+    _, _, folder = parts
+    state = torch.load(folder / "delta/pytorch_model-00001-of-00003.bin", weights_only=True)
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    torch.save(state, folder / "delta/pytorch_model-00001-of-00003.bin")
+    index = json.loads((folder / "delta/pytorch_model.bin.index.json").read_text())
+    index["weight_map"]["model.layers.0.self_attn.rotary_emb.inv_freq"] = "pytorch_model-00001-of-00003.bin"
+    (folder / "delta/pytorch_model.bin.index.json").write_text(json.dumps(index))
+    report = merge(folder)
+    assert report["dropped"] == ["model.layers.0.self_attn.rotary_emb.inv_freq"]
+    assert "dropped" in capsys.readouterr().out
+
+
+def test_an_existing_target_stays_unless_told(parts):
+    _, _, folder = parts
+    (folder / "target").mkdir()
+    (folder / "target/precious").write_text("x")
+    with pytest.raises(UserError, match="exists.*--overwrite"):
+        merge(folder)
+    assert (folder / "target/precious").read_text() == "x"
+    merge(folder, "--overwrite")
+    assert not (folder / "target/precious").exists()
+
+
+def test_it_runs_as_a_script_from_the_root(parts):
+    _, _, folder = parts
+    words = ["--base-model-path", folder / "base", "--delta-path", folder / "delta", "--low-cpu-mem"]
+    result = run_script("convert/merge_delta.py", *words, "--target-model-path", folder / "target")
+    assert result.returncode == 0, result.stderr
+    assert "copied whole" in result.stdout
