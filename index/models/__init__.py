@@ -1,0 +1,1 @@
+"""The networks of index/: one idea a file."""

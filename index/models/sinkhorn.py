@@ -1,0 +1,79 @@
+"""Balanced assignment of rows to codes by Sinkhorn-Knopp: the uniform semantic mapping of LC-Rec (section III-B).
+
+The problem is entropic optimal transport between B rows (mass 1/B each) and K codes (mass 1/K each) with the distances
+as cost (Cuturi, 2013). Its plan is `diag(u) · exp(-d/epsilon) · diag(v)`; a round sets u so that rows hold 1/B, then v so
+that codes hold 1/K. Only v matters for a row's best code, and scaling a row changes nothing else, so the kernel is kept
+with its largest entry in each row at 1. Where entries still underflow, the rounds are done on logarithms instead.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def center_distances(distances: torch.Tensor) -> torch.Tensor:
+    """`distances` mapped linearly to about [-1, 1] over the last two dimensions (B, K); any leading ones are batches."""
+    flat = distances.flatten(-2)
+    largest, smallest = flat.amax(-1), flat.amin(-1)
+    middle = ((largest + smallest) / 2)[..., None, None]
+    amplitude = ((largest - smallest) / 2 + 1e-5)[..., None, None]
+    return (distances - middle) / amplitude
+
+
+def _log_potentials(log_kernel: torch.Tensor, rounds: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """log u (…, B) and log v (…, K) after `rounds` rounds, by log-sum-exp: finite for every finite kernel."""
+    rows, codes = log_kernel.shape[-2:]
+    log_v = log_kernel.new_zeros(*log_kernel.shape[:-2], codes)
+    log_u = log_kernel.new_zeros(*log_kernel.shape[:-2], rows)
+    for _ in range(rounds):
+        log_u = -math.log(rows) - torch.logsumexp(log_kernel + log_v[..., None, :], dim=-1)
+        log_v = -math.log(codes) - torch.logsumexp(log_kernel + log_u[..., :, None], dim=-2)
+    return log_u, log_v
+
+
+def _scaled_potentials(log_kernel: torch.Tensor, rounds: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same by matrix-vector products on the kernel itself: some ten times faster, not finite where it underflows."""
+    rows, codes = log_kernel.shape[-2:]
+    top = log_kernel.amax(-1, keepdim=True)
+    kernel = (log_kernel - top).exp()
+    transposed = kernel.transpose(-1, -2)
+    v = kernel.new_ones(*kernel.shape[:-2], codes, 1)
+    u = kernel.new_ones(*kernel.shape[:-2], rows, 1)
+    for _ in range(rounds):
+        u = (1 / rows) / (kernel @ v)
+        v = (1 / codes) / (transposed @ u)
+    return u.squeeze(-1).log() - top.squeeze(-1), v.squeeze(-1).log()
+
+
+def log_plan(distances: torch.Tensor, epsilon: float, rounds: int) -> torch.Tensor:
+    """The logarithm of the transport plan after `rounds` rounds (rows to 1/B, then codes to 1/K).
+
+    Args:
+        distances: (…, B, K), centred as `center_distances` does; computed in its dtype (float64 for the paper's way).
+        epsilon: weight of the entropy, above 0; smaller is closer to the exact assignment.
+        rounds: how many; the codes' totals are exactly 1/K after the last one, the rows' about 1/B.
+
+    Returns:
+        (…, B, K), finite whatever epsilon is (entries of the plan itself may be too small for a float).
+    """
+    log_kernel = distances / -epsilon
+    if rounds < 1:
+        return log_kernel - torch.logsumexp(log_kernel.flatten(-2), dim=-1)[..., None, None]
+    log_u, log_v = _scaled_potentials(log_kernel, rounds)
+    if not (torch.isfinite(log_u).all() and torch.isfinite(log_v).all()):
+        log_u, log_v = _log_potentials(log_kernel, rounds)
+    return log_kernel + log_u[..., :, None] + log_v[..., None, :]
+
+
+def sinkhorn_codes(distances: torch.Tensor, epsilon: float, rounds: int) -> torch.Tensor:
+    """Each row's code: the largest entry of its row in the plan, computed in float64.
+
+    Args:
+        distances: (…, B, K) squared distances, not centred; leading dimensions are batches of their own.
+
+    Returns:
+        int64 (…, B).
+    """
+    return log_plan(center_distances(distances).double(), epsilon, rounds).argmax(-1)

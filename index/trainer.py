@@ -1,0 +1,231 @@
+"""Training of an RQ-VAE: batches, losses, schedule, evaluations, kept checkpoints, exact resumption."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from checkpoints import prune, save_checkpoint
+from common import Interrupted, UserError, say
+from embeddings import Embeddings
+from figures import collision_rate
+from models.rqvae import RQVAE
+from parallel import Processes
+
+LEARNERS = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
+    "adagrad": torch.optim.Adagrad,
+    "rmsprop": torch.optim.RMSprop,
+}
+EVAL_BATCH = 4096
+LOG_SECONDS = 60.0  # how often a run without a terminal says where it is
+
+
+def learning_rate_factor(step: int, warmup: int, total: int, kind: str) -> float:
+    """What the learning rate is multiplied with at `step`: up from 0 over `warmup` steps, then constant or down to 0."""
+    if step < warmup:
+        return step / max(1, warmup)
+    if kind == "constant":
+        return 1.0
+    return max(0.0, (total - step) / max(1, total - warmup))
+
+
+class Trainer:
+    """Trains `model` on `embeddings` as `args` (the flags of main.py) say, in `folder`.
+
+    With several processes each global batch of `args.batch_size` rows is shared out; gradients, k-means and Sinkhorn
+    see the whole batch, so the result is that of one process up to float rounding.
+    """
+
+    def __init__(
+        self, model: RQVAE, embeddings: Embeddings, args: argparse.Namespace, folder: Path, processes: Processes
+    ) -> None:
+        self.model = model.to(processes.device)
+        self.embeddings = embeddings
+        self.args = args
+        self.folder = folder
+        self.processes = processes
+        for level in model.rq.vq_layers:
+            level.gather = processes.gather
+        self.steps_per_epoch = math.ceil(len(embeddings) / args.batch_size)
+        self.optimizer = self._build_optimizer()
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer,
+            lambda step: learning_rate_factor(
+                step,
+                args.warmup_epochs * self.steps_per_epoch,
+                args.epochs * self.steps_per_epoch,
+                args.lr_scheduler_type,
+            ),
+        )
+        self.epoch = 0  # epochs done
+        self.best_loss = math.inf
+        self.best_collision_rate = math.inf
+        self.stop_signal: int | None = None
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        options: dict[str, Any] = {"lr": self.args.lr, "weight_decay": self.args.weight_decay}
+        return LEARNERS[self.args.learner.lower()](self.model.parameters(), **options)
+
+    def fit(self) -> None:
+        """Train up to `args.epochs` epochs; evaluate every `args.eval_step`.
+
+        Raises:
+            Interrupted: a signal asked to stop; the state is in `last_model.pth`.
+            UserError: the loss is no longer finite.
+        """
+        before = {number: signal.signal(number, self._note_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self._loop()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note_signal(self, number: int, _frame: Any) -> None:
+        if self.stop_signal is not None:
+            raise KeyboardInterrupt  # asked twice: at once
+        self.stop_signal = number
+
+    def _loop(self) -> None:
+        eval_step = min(self.args.eval_step, self.args.epochs)
+        said = time.monotonic()
+        started, first = said, self.epoch
+        on_terminal = self.processes.is_main and sys.stderr.isatty()
+        with tqdm(total=self.args.epochs, initial=first, unit="epoch", desc="rq-vae", disable=not on_terminal) as bar:
+            while self.epoch < self.args.epochs:
+                loss, reconstruction = self.train_epoch(self.epoch)
+                self.epoch += 1
+                bar.update()
+                bar.set_postfix(loss=f"{loss / self.steps_per_epoch:.5f}")
+                if not math.isfinite(loss):
+                    raise UserError(f"epoch {self.epoch}: the loss is {loss}; lower --lr or look at the embeddings")
+                due = not on_terminal and time.monotonic() - said > LOG_SECONDS
+                if self.epoch % eval_step == 0 or due:
+                    said = time.monotonic()
+                    pace = (said - started) / (self.epoch - first)
+                    line = (
+                        f"epoch {self.epoch}/{self.args.epochs}: loss {loss:.5f} (reconstruction {reconstruction:.5f})"
+                    )
+                    if self.epoch % eval_step == 0:
+                        line += f", collision rate {self.evaluate(loss):.4f}"
+                    with tqdm.external_write_mode():
+                        say(f"{line}, {pace:.2f} s/epoch, about {pace * (self.args.epochs - self.epoch):.0f} s left")
+                self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        asked = torch.tensor(int(self.stop_signal is not None), device=self.processes.device)
+        if self.processes.sum_(asked).item():
+            if self.processes.is_main:
+                save_checkpoint(self.folder / "last_model.pth", self.state())
+            raise Interrupted(f"after epoch {self.epoch}; go on with --resume {self.folder}")
+
+    def train_epoch(self, epoch: int) -> tuple[float, float]:
+        """One pass over all items in an order drawn from (seed, epoch).
+
+        Returns:
+            total loss and reconstruction loss, each the sum over the batches of the batch's mean.
+        """
+        self.model.train()
+        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.embeddings), generator=generator).numpy()
+        batches = np.split(order, range(self.args.batch_size, len(order), self.args.batch_size))
+        own = [self.processes.share(batch) for batch in batches]
+        sums = torch.zeros(2, dtype=torch.float64, device=self.processes.device)
+        rows = self.embeddings.batches(own, self.args.num_workers)
+        for x, batch in zip(rows, batches, strict=True):
+            sums += self.train_step(x, len(x) / len(batch))
+        return tuple(self.processes.sum_(sums).tolist())
+
+    def train_step(self, x: torch.Tensor, weight: float) -> torch.Tensor:
+        """One optimiser step on this process's rows `x`, which are the share `weight` of the global batch.
+
+        Returns:
+            float64 (2,): this process's part of total and reconstruction loss, not synchronised with the host.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        output, rq_loss, _ = self.model(x)
+        loss, reconstruction = self.model.losses(output, rq_loss, x)
+        (loss * weight).backward()
+        self._sum_gradients()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.scheduler.step()
+        return torch.stack([loss.detach(), reconstruction.detach()]).double() * weight
+
+    def _sum_gradients(self) -> None:
+        if self.processes.count == 1:
+            return
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        flat = self.processes.sum_(torch.cat([g.flatten() for g in gradients]))
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def nearest_codes(self) -> np.ndarray:
+        """Every item's nearest codes: int64 (items, levels)."""
+        self.model.eval()
+        bounds = [len(self.embeddings) * rank // self.processes.count for rank in range(self.processes.count + 1)]
+        first, last = bounds[self.processes.rank], bounds[self.processes.rank + 1]
+        parts = [self.model.get_indices(x) for x in self.embeddings.in_order(EVAL_BATCH, first, last)]
+        width = len(self.model.rq.vq_layers)
+        own = torch.cat(parts) if parts else torch.empty(0, width, dtype=torch.int64, device=self.processes.device)
+        return self.processes.gather(own)[0].cpu().numpy()
+
+    def evaluate(self, loss: float) -> float:
+        """The collision rate with nearest codes; on the main process checkpoints are written and old ones removed."""
+        rate = collision_rate(self.nearest_codes())
+        better_loss, better_rate = loss < self.best_loss, rate < self.best_collision_rate
+        self.best_loss = min(self.best_loss, loss)
+        self.best_collision_rate = min(self.best_collision_rate, rate)
+        if self.processes.is_main:
+            state = self.state()
+            if better_loss:
+                save_checkpoint(self.folder / "best_loss_model.pth", state)
+            if better_rate:
+                save_checkpoint(self.folder / "best_collision_model.pth", state)
+            save_checkpoint(self.folder / f"epoch_{self.epoch - 1}_collision_{rate:.4f}_model.pth", state)
+            prune(self.folder, self.args.save_limit)
+        return rate
+
+    def state(self) -> dict[str, Any]:
+        """The checkpoint: the original's keys, and under `resume` what exact resumption needs besides."""
+        return {
+            "args": self.args,
+            "epoch": self.epoch - 1,
+            "best_loss": self.best_loss,
+            "best_collision_rate": self.best_collision_rate,
+            "state_dict": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "resume": {
+                "scheduler": self.scheduler.state_dict(),
+                "rng": torch.get_rng_state(),
+                "embeddings": self.embeddings.digest(),
+            },
+        }
+
+    def restore(self, content: dict[str, Any]) -> None:
+        """Go on from the checkpoint `content` (the model's weights are loaded already).
+
+        A checkpoint of the original has no `resume` part: its schedule is put where its epochs say.
+        """
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.epoch = content["epoch"] + 1
+        self.best_loss = float(content.get("best_loss", math.inf))
+        self.best_collision_rate = float(content.get("best_collision_rate", math.inf))
+        extra = content.get("resume")
+        if extra is None:
+            self.scheduler.last_epoch = self.epoch * self.steps_per_epoch - 1
+            self.scheduler.step()
+            return
+        self.scheduler.load_state_dict(extra["scheduler"])
+        torch.set_rng_state(extra["rng"].cpu())
