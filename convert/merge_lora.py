@@ -106,6 +106,8 @@ def read_adapter(folder: ModelFolder) -> Adapter:
             if other not in weights:
                 raise UserError(f"{folder.path}: has {name} but not {other}")
             adapter.factors[plain.replace(".lora_A.weight", ".weight")] = (name, other)
+        elif ".original_module." in plain:
+            continue  # peft saves the untrained layer too when it saves resized embeddings
         elif ".lora_" not in plain:
             adapter.whole[plain.replace(".modules_to_save", "")] = name
         elif not plain.endswith(".lora_B.weight"):
@@ -178,13 +180,16 @@ def merge_lora(
     rows = adapter.weights.entries[adapter.whole[embedding]].shape[0] if embedding in adapter.whole else base_rows
     tokens = check_item_tokens(source, base, rows, base_rows)
     config.vocab_size = rows
-    _untie_if_different(config, adapter, ties)
+    if any(_is_untied(adapter, alias, name) for alias, name in ties.items()):
+        config.tie_word_embeddings = False
+        weights.entries |= {alias: weights.entries[name] for alias, name in ties.items() if alias not in weights}
     wanted, ties = skeleton(config)
     dtype = dtype or weights.entries[embedding].dtype
     names = [name for name in wanted if name not in ties]
-    lost = next((name for name in names if name not in weights and name not in adapter.whole), None)
-    if lost:
-        raise UserError(f"{base.path}: lacks {lost}, which the model of its config.json has")
+    for name in names:
+        side, stored = (adapter.weights, adapter.whole[name]) if name in adapter.whole else (weights, name)
+        if stored not in side or side.entries[stored].shape != wanted[name]:
+            raise UserError(f"{side.folder}: lacks {name} in the shape {list(wanted[name])} that the merged model has")
     with new_folder(target, overwrite) as partial:
         files = {"base": weights.files, "adapter": adapter.weights.files}
         with InputHashes(files) as inputs:
@@ -200,15 +205,15 @@ def merge_lora(
     return report
 
 
-def _untie_if_different(config: Any, adapter: Adapter, ties: dict[str, str]) -> None:
-    """A base with tied embeddings whose adapter trained the two apart gives an untied model."""
-    for alias, name in ties.items():
-        if alias in adapter.whole and name in adapter.whole:
-            pairs = zip(*(adapter.weights.blocks(adapter.whole[key]) for key in (alias, name)), strict=True)
-            if not all(torch.equal(one, other) for one, other in pairs):
-                config.tie_word_embeddings = False
-        elif alias in adapter.whole:
-            adapter.whole[name] = adapter.whole[alias]
+def _is_untied(adapter: Adapter, alias: str, name: str) -> bool:
+    """True if the adapter trained the two tied tensors of a base apart."""
+    whole = adapter.whole
+    if alias in whole and name in whole:
+        pairs = zip(*(adapter.weights.blocks(whole[key]) for key in (alias, name)), strict=True)
+        return not all(torch.equal(one, other) for one, other in pairs)
+    if name in whole:
+        return not adapter.settings.get("ensure_weight_tying")
+    return alias in whole
 
 
 def _report(

@@ -47,6 +47,7 @@ class Entry:
     """Where a tensor lies and what it looks like."""
 
     file: Path
+    key: str
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -165,14 +166,14 @@ class Weights:
     def _scan(self, path: Path) -> Iterator[tuple[str, Entry]]:
         if path.suffix == ".bin":
             for name, tensor in load_torch(path).items():
-                yield name, Entry(path, tuple(tensor.shape), tensor.dtype)
+                yield name, Entry(path, name, tuple(tensor.shape), tensor.dtype)
             return
         handle = open_safetensors(path)
         for name in handle.keys():  # noqa: SIM118  (not a dictionary)
             view = handle.get_slice(name)
             if view.get_dtype() not in _TORCH_DTYPES:
                 raise UserError(f"{path}: {name} has the type {view.get_dtype()}, which is not supported")
-            yield name, Entry(path, tuple(view.get_shape()), _TORCH_DTYPES[view.get_dtype()])
+            yield name, Entry(path, name, tuple(view.get_shape()), _TORCH_DTYPES[view.get_dtype()])
 
     def __contains__(self, name: str) -> bool:
         return name in self.entries
@@ -189,11 +190,11 @@ class Weights:
         entry = self.entries[name]
         for start, stop in row_blocks(entry.shape):
             if entry.file.suffix == ".bin":
-                tensor = load_torch(entry.file)[name]
+                tensor = load_torch(entry.file)[entry.key]
                 yield tensor[start:stop] if entry.shape else tensor
             else:
                 handle = open_safetensors(entry.file)
-                yield handle.get_slice(name)[start:stop] if entry.shape else handle.get_tensor(name)
+                yield handle.get_slice(entry.key)[start:stop] if entry.shape else handle.get_tensor(entry.key)
 
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor, in memory of its own."""
