@@ -7,7 +7,7 @@ The result is that of `generate(num_beams=…, do_sample=False, length_penalty=0
 the trie, at a fraction of the work:
 
 - every prompt goes through the model once, not once per beam, and what all prompts of a batch have in common (the
-  instruction) once per batch, or once per run with a `PrefixCache`;
+  instruction) once per batch, or once for all batches with a `PrefixCache`;
 - the beams are extra query positions of the prompt's own row: a mask shows each beam the prompt and its own tokens, so
   keys and values of the prompt are never copied (models that refuse such a mask get a cache that is expanded per beam);
 - logits are taken at the positions that are scored and nowhere else: one per prompt, then one per beam and level.
@@ -154,8 +154,10 @@ def _as_rows(sequences: Sequence[Sequence[int]] | np.ndarray | Tensor) -> tuple[
             raise ValueError(f"indices must be an array (items, levels), not one of {sequences.ndim} dimensions")
         return sequences, None
     lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))
-    if len(lengths) == 0 or lengths.min() == lengths.max():
-        return np.array(sequences, np.int64).reshape(len(lengths), -1), None
+    if len(lengths) == 0:
+        return np.empty((0, 1), np.int64), None
+    if lengths.min() == lengths.max():
+        return np.array(sequences, np.int64), None
     rows = np.full((len(lengths), int(lengths.max())), -1, np.int64)
     rows[np.arange(rows.shape[1]) < lengths[:, None]] = np.concatenate([np.asarray(row, np.int64) for row in sequences])
     return rows, lengths
@@ -175,38 +177,39 @@ def _sorted_order(rows: np.ndarray) -> np.ndarray:
 
 
 class PrefixCache:
-    """Keys and values of the beginning that the prompts of many calls share; hand the same one to every call.
+    """Keys and values of a beginning that prompts share, computed once and used by any number of `beam_search` calls.
 
-    It belongs to one model and its weights: after these have changed, take a new one.
+    It belongs to one model and its weights: after these have changed, make a new one.
     """
 
-    def __init__(self) -> None:
-        self.tokens: Tensor | None = None  # int64 (length,)
+    def __init__(self, model: PreTrainedModel, tokens: Sequence[int] | Tensor):
+        """Read `tokens` (at least one) with `model`; a model that cannot use the result reads nothing."""
+        model = _unwrapped(model)
+        self.tokens = torch.as_tensor(tokens, dtype=torch.long, device=model.device)
         self.layers: list[tuple[Tensor, Tensor]] = []  # by layer: keys and values (1, heads, length, size)
+        if _session(model, len(self.tokens)) is _SharedRows:
+            self._read(model)
 
-    def fit(self, model: PreTrainedModel, tokens: Tensor) -> int:
-        """Make the cache hold a beginning of `tokens` (int64 `(length,)`); returns how many of them it holds."""
-        known = 0
-        if self.tokens is not None:
-            length = min(len(self.tokens), len(tokens))
-            equal = self.tokens[:length] == tokens[:length]
-            known = int(equal.long().cumprod(0).sum())
-        if len(tokens) - known < SHORTEST_PREFIX:
-            return known
-        cache = DynamicCache(ddp_cache_data=self.start(known, 1)) if known else DynamicCache()
-        positions = torch.arange(known, len(tokens), device=tokens.device)[None]
-        mask = torch.ones(1, len(tokens), dtype=torch.long, device=tokens.device)
-        _forward(model, tokens[None, known:], mask, positions, cache)
-        self.tokens = tokens.clone()
+    @torch.inference_mode()
+    def _read(self, model: PreTrainedModel) -> None:
+        cache = DynamicCache()
+        ones = torch.ones(1, len(self.tokens), dtype=torch.long, device=self.tokens.device)
+        _forward(model, self.tokens[None], ones, ones.cumsum(1) - 1, cache)
         self.layers = [(layer.keys, layer.values) for layer in cache.layers]
-        return len(tokens)
 
-    def start(self, length: int, batch: int) -> list[tuple[Tensor, Tensor]]:
-        """The first `length` positions for `batch` rows, by layer; views, nothing is copied."""
-        return [
-            (keys[:, :, :length].expand(batch, -1, -1, -1), values[:, :, :length].expand(batch, -1, -1, -1))
-            for keys, values in self.layers
-        ]
+    def shared_with(self, tokens: Tensor) -> int:
+        """How many of the leading `tokens` (int64 `(length,)`) it holds."""
+        length = min(len(self.tokens), len(tokens)) if self.layers else 0
+        return int((self.tokens[:length] == tokens[:length]).long().cumprod(0).sum())
+
+    def start(self, length: int, batch: int) -> DynamicCache:
+        """A cache that holds the first `length` positions for `batch` rows."""
+        return DynamicCache(
+            ddp_cache_data=[
+                (keys[:, :, :length].expand(batch, -1, -1, -1), values[:, :, :length].expand(batch, -1, -1, -1))
+                for keys, values in self.layers
+            ]
+        )
 
 
 @dataclass
@@ -225,7 +228,7 @@ def beam_search(
     input_ids: Tensor,
     attention_mask: Tensor,
     num_beams: int,
-    prefix_cache: PrefixCache | None = None,
+    prefix: PrefixCache | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The best items for each prompt by constrained beam search.
 
@@ -239,7 +242,8 @@ def beam_search(
         input_ids: int64 `(batch, length)`, prompts padded on the left.
         attention_mask: `(batch, length)`, 1 for prompt tokens and 0 for padding.
         num_beams: how many beams are kept, and how many items come back (fewer if the catalogue is smaller).
-        prefix_cache: shares the prompts' common beginning between calls.
+        prefix: a beginning that all prompts share (as far as they do), read before; otherwise what the prompts of the
+            batch have in common is read once for the batch.
 
     Returns:
         items: int64 `(batch, min(num_beams, trie.size))`, existing items, best first, none twice; where several items
@@ -251,14 +255,13 @@ def beam_search(
     """
     if num_beams < 1:
         raise ValueError(f"num_beams is {num_beams}; it must be at least 1")
-    if hasattr(model, "get_base_model"):  # PEFT's wrapper hides the signature; the adapter layers are inside
-        model = model.get_base_model()
+    model = _unwrapped(model)
     mask = attention_mask.bool()
     if not bool(mask[:, -1].all()) or bool((mask[:, 1:] < mask[:, :-1]).any()):
         raise ValueError("prompts must be padded on the left and have at least one token")
     columns = int(mask.sum(1).max())
     input_ids, mask = input_ids[:, -columns:], mask[:, -columns:]
-    state = _session(model, columns + trie.levels)(model, input_ids, mask, prefix_cache)
+    state = _session(model, columns + trie.levels)(model, input_ids, mask, prefix)
     wanted = min(num_beams, trie.size)
     finished = _Finished(len(input_ids), wanted, input_ids.device)
     beams = _Beams(
@@ -339,18 +342,18 @@ class _SharedRows:
     positions of its own earlier tokens, and itself.
     """
 
-    def __init__(self, model: PreTrainedModel, input_ids: Tensor, mask: Tensor, prefix_cache: PrefixCache | None):
+    def __init__(self, model: PreTrainedModel, input_ids: Tensor, mask: Tensor, prefix: PrefixCache | None):
         batch, columns = input_ids.shape
         self.model = model
         self.lengths = mask.sum(1)
-        known = self._common(input_ids, mask) if batch > 1 or prefix_cache else 0
-        self.cache = DynamicCache()
-        if known >= SHORTEST_PREFIX:
-            prefix_cache = prefix_cache or PrefixCache()
-            known = prefix_cache.fit(model, input_ids[0, -int(self.lengths[0]) :][:known])
-            self.cache = DynamicCache(ddp_cache_data=prefix_cache.start(known, batch)) if known else self.cache
-        else:
+        known = self._common(input_ids, mask) if batch > 1 or prefix else 0
+        if prefix:
+            known = prefix.shared_with(input_ids[0, -int(self.lengths[0]) :][:known])
+        elif known >= SHORTEST_PREFIX:
+            prefix = PrefixCache(model, input_ids[0, -int(self.lengths[0]) :][:known])
+        if known < SHORTEST_PREFIX:
             known = 0
+        self.cache = prefix.start(known, batch) if known else DynamicCache()
         rest = columns - known  # the prompts without their common beginning
         mask = torch.arange(rest, device=mask.device) >= rest - (self.lengths - known)[:, None]
         positions = known + (mask.cumsum(1) - 1).clamp(min=0)
@@ -385,7 +388,7 @@ class _SharedRows:
 class _ExpandedRows:
     """One cache row per beam, as in `generate`, but expanded only after the prompts have been read."""
 
-    def __init__(self, model: PreTrainedModel, input_ids: Tensor, mask: Tensor, prefix_cache: PrefixCache | None):
+    def __init__(self, model: PreTrainedModel, input_ids: Tensor, mask: Tensor, prefix: PrefixCache | None):
         self.model, self.mask = model, mask.long()
         self.cache = DynamicCache(config=model.config)
         positions = (self.mask.cumsum(1) - 1).clamp(min=0)
@@ -410,7 +413,7 @@ class _ExpandedRows:
 class _WholeRows:
     """No cache at all: every level reads prompt and tokens anew. Slow, but right for any causal language model."""
 
-    def __init__(self, model: PreTrainedModel, input_ids: Tensor, mask: Tensor, prefix_cache: PrefixCache | None):
+    def __init__(self, model: PreTrainedModel, input_ids: Tensor, mask: Tensor, prefix: PrefixCache | None):
         self.model, self.ids, self.mask = model, input_ids, mask.long()
         self.beams = 1
 
@@ -467,6 +470,11 @@ def _as_4d(model: PreTrainedModel, visible: Tensor) -> Tensor:
 _verdicts: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
 
 
+def _unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+    """The model inside PEFT's wrapper, which hides the signature; the adapter's layers are within."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def _session(model: PreTrainedModel, length: int) -> type[_SharedRows] | type[_ExpandedRows] | type[_WholeRows]:
     """The fastest way through the model that is right for it."""
     if "past_key_values" not in _parameters(type(model)):
@@ -488,28 +496,40 @@ def _takes_shared_rows(model: PreTrainedModel, length: int) -> bool:
     if model.config._attn_implementation not in ("sdpa", "eager"):
         return False
     if model not in _verdicts:
+        _verdicts[model] = True  # so that the trial itself goes this way
         _verdicts[model] = _trial(model)
     return _verdicts[model]
 
 
 def _trial(model: PreTrainedModel) -> bool:
-    """Compare two levels of beams in one row with plain passes over the sequences that they stand for."""
-    device = model.get_input_embeddings().weight.device
-    count = model.get_input_embeddings().weight.shape[0]
-    prompt = (torch.arange(2 * SHORTEST_PREFIX, device=device) * 7 + 1) % count
-    tokens = (torch.arange(6, device=device) * 5 + 3).view(1, 2, 3) % count  # levels, beams
-    parents = torch.tensor([[1, 2, 1]], device=device)
-    ones = torch.ones(1, len(prompt), dtype=torch.bool, device=device)
+    """Compare two levels of beams in one row with plain passes over the sequences that they stand for.
+
+    Two prompts with a common beginning, one of them padded; three beams, some of which continue the same one.
+    """
+    embeddings = model.get_input_embeddings().weight
+    device, count = embeddings.device, embeddings.shape[0]
+    long, short = 2 * SHORTEST_PREFIX, 2 * SHORTEST_PREFIX - 3
+    prompts = (torch.arange(long, device=device) * 7 + 1).expand(2, -1) % count
+    prompts = torch.cat([prompts[:1], prompts[1:].roll(long - short, 1)])
+    mask = torch.arange(long, device=device) >= torch.tensor([[0], [long - short]], device=device)
+    tokens = (torch.arange(6, device=device) * 5 + 3).view(2, 1, 3).expand(
+        -1, 2, -1
+    ) % count  # (levels, prompts, beams)
+    parents = torch.tensor([[1, 2, 1]], device=device).expand(2, -1)
     try:
-        state = _SharedRows(model, prompt[None], ones, PrefixCache())
-        state.step(tokens[:, 0], torch.zeros_like(parents))
-        found = state.step(tokens[:, 1], parents)[0].float()
-        paths = torch.stack([tokens[0, 0, parents[0]], tokens[0, 1]], 1)
-        whole = torch.cat([prompt.expand(3, -1), paths], 1)
-        wanted = model(input_ids=whole, attention_mask=torch.ones_like(whole), use_cache=False).logits[:, -1].float()
+        state = _SharedRows(model, prompts, mask, None)
+        state.step(tokens[0], torch.zeros_like(parents))
+        found = state.step(tokens[1], parents).float()
+        wanted = []
+        for row, length in enumerate((long, short)):
+            paths = torch.stack([tokens[0, row, parents[row]], tokens[1, row]], 1)
+            whole = torch.cat([prompts[row, long - length :].expand(3, -1), paths], 1)
+            ones = torch.ones_like(whole)
+            wanted.append(model(input_ids=whole, attention_mask=ones, use_cache=False).logits[:, -1].float())
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
         return False
+    wanted = torch.stack(wanted)
     tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
     return bool((found - wanted).abs().max() <= tolerance * wanted.abs().max().clamp(min=1e-3))

@@ -266,8 +266,9 @@ class Scorer:
     def __post_init__(self) -> None:
         self.device = next(self.model.parameters()).device
         self.trie = ItemTrie(item_token_ids(self.tokenizer, self.data), self.tokenizer.eos_token_id).to(self.device)
-        self.prefix = PrefixCache()
+        self.prefix: PrefixCache | None = None
         self.largest: int | None = None  # prompts that fit the memory, once too many did not
+        self.free = on_main(self._free_memory) if self.batch_size == "auto" else 0
 
     def score(self, texts: list[str], wanted: set[int]) -> Iterator[tuple[list[int], list[tuple[list, list]]]]:
         """Decode this process's share of `texts`, batch by batch.
@@ -279,6 +280,7 @@ class Scorer:
             positions in `texts`, and for each its items, best first, and their scores.
         """
         ids = encode_prompts(self.tokenizer, texts)
+        self.share(ids)
         check_length(self.model, max(map(len, ids)) + self.trie.levels)
         batches = [batch for batch in self.batches(ids) if not wanted.isdisjoint(batch)]
         for batch in batches[rank() :: world_size()]:
@@ -293,22 +295,24 @@ class Scorer:
             size = self.auto_size(len(ids[order[0]]))
         return [order[start : start + size] for start in range(0, len(order), size)]
 
+    def share(self, ids: list[list[int]]) -> None:
+        """Read what all of `ids` begin with, once for all of their batches."""
+        common = os.path.commonprefix(ids)[: min(map(len, ids)) - 1]
+        self.prefix = PrefixCache(self.model, common) if common else None
+
+    def _free_memory(self) -> int:
+        return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else 0
+
     def auto_size(self, longest: int) -> int:
-        """How many prompts of `longest` tokens fit this device, by what its free memory is; the same on all processes."""
+        """How many prompts of `longest` tokens fit the memory that is free on the main process's GPU."""
         if self.device.type == "cpu":
             return CPU_BATCH
-
-        def estimate() -> int:
-            free, _ = torch.cuda.mem_get_info(self.device)
-            config = self.model.config.get_text_config()
-            width, layers = config.hidden_size, config.num_hidden_layers
-            positions = longest + self.num_beams * self.trie.levels
-            cache = 2 * layers * positions * width * self.model.dtype.itemsize  # keys and values without head sharing
-            logits = 3 * self.num_beams * config.vocab_size * 4
-            activations = 12 * longest * width * self.model.dtype.itemsize
-            return max(1, min(512, int(0.8 * free / (2 * cache + logits + activations))))
-
-        return on_main(estimate)
+        config = self.model.config.get_text_config()
+        width, layers, size = config.hidden_size, config.num_hidden_layers, self.model.dtype.itemsize
+        cache = 2 * layers * (longest + self.num_beams * self.trie.levels) * width * size  # as if no heads were shared
+        logits = 3 * self.num_beams * config.vocab_size * 4
+        activations = 12 * longest * width * size
+        return max(1, min(512, int(0.8 * self.free / (2 * cache + logits + activations))))
 
     def decode(self, ids: list[list[int]]) -> tuple[list[list[int]], list[list[float]]]:
         """Items and scores of each prompt; what does not fit the memory is decoded in halves, never with fewer beams.
