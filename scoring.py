@@ -34,8 +34,19 @@ from evaluate import check_metrics, ranks_of, summarise, too_long
 from metrics.ranking import means, rank_of
 from modeling import DTYPES, item_token_ids, load_for_test, pick_device
 from prompt import SLOT, Prompts, load_prompts
-from utils import UserError, is_main, rank, read_json, say, set_seed, sha256, versions, world_size, write_json
-from utils import atomic_path as atomic
+from utils import (
+    UserError,
+    atomic_path,
+    is_main,
+    rank,
+    read_json,
+    say,
+    set_seed,
+    sha256,
+    versions,
+    world_size,
+    write_json,
+)
 
 # How many prompts `--test_batch_size auto` takes on the CPU, where more bring no more speed.
 CPU_BATCH = 32
@@ -390,7 +401,9 @@ class Store:
             dist.all_gather_object(every, done)
             done = set().union(*every)
         missing = set(self.keys) - done
-        if done and missing:
+        if not missing:
+            say("all predictions are there already (--restart makes them anew)")
+        elif done:
             say(f"going on: {len(self.keys) - len(missing):,} of {len(self.keys):,} predictions are there")
         return missing
 
@@ -473,7 +486,7 @@ class Store:
         absent = [key for key in self.keys if key not in lines]
         if absent:
             raise RuntimeError(f"{len(absent)} predictions are missing, the first for prompt and sample {absent[0]}")
-        with atomic(self.predictions) as path, open(path, "w", encoding="utf-8") as file:
+        with atomic_path(self.predictions) as path, open(path, "w", encoding="utf-8") as file:
             file.writelines(lines[key] for key in self.keys)
         ranks = ranks_of(json.loads(lines[key]) for key in self.keys)
         results = {"test_prompt_ids": prompt_ids, **summarise(ranks, metrics), "config": config}
