@@ -19,3 +19,6 @@ setup_env() {
     echo "$wanted" > "$stamp"
   fi
 }
+
+# count_gpus: how many CUDA devices PyTorch sees.
+count_gpus() { python -c 'import torch; print(torch.cuda.device_count())'; }

@@ -1,0 +1,141 @@
+"""A run's table: HR and NDCG of the model beside references on the same split, with bootstrap intervals over users.
+
+    python report.py --results_file ./results/ml-100k/result.json --data_path ./data --dataset ml-100k
+    python report.py --results_file results/a.json results/b.json …        # several seeds, one row each
+
+Reads `<stem>.predictions.jsonl` beside each results file; the metrics are computed anew from it. References are computed
+here: `random` (its expectation), `popularity` (how often an item occurs in the training parts), and `popularity, unseen`,
+which leaves out what the user has interacted with before. Writes `<first stem>.table.md`.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from arguments import add_data, make_parser
+from data import RecData, load_data
+from evaluate import ranks_of, read_predictions
+from metrics.ranking import METRICS, parse
+from utils import UserError, atomic_path, read_json, run_main, say
+
+METRIC_NAMES = "hit@1,hit@5,hit@10,ndcg@5,ndcg@10"
+RESAMPLES = 2000
+
+
+def values(ranks: np.ndarray, names: str) -> dict[str, np.ndarray]:
+    """Each metric of each user.
+
+    Args:
+        ranks: int (users,) or (prompts, users): the target's rank from 0, or -1.
+
+    Returns:
+        metric → float64 (users,), the mean over prompts.
+    """
+    ranks = np.atleast_2d(ranks)
+    found = {}
+    for name, kind, k in parse(names):
+        of_rank = {int(rank): METRICS[kind](int(rank), k) for rank in np.unique(ranks)}
+        found[name] = np.vectorize(of_rank.get, otypes=[float])(ranks).mean(axis=0)
+    return found
+
+
+def interval(user_values: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """The 95 % percentile bootstrap interval of the mean over users (float64 (users,))."""
+    rng = np.random.default_rng(seed)
+    draws = rng.integers(len(user_values), size=(RESAMPLES, len(user_values)))
+    low, high = np.percentile(user_values[draws].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def popularity_ranks(data: RecData, leave_out_seen: bool) -> np.ndarray:
+    """The rank (from 0) of every user's test target when all items are ranked by popularity; ties by item id.
+
+    Popularity is counted on the training parts (`items[:-2]`). int64 (users,).
+    """
+    counts = np.zeros(len(data.titles), dtype=np.int64)
+    for items in data.inters.values():
+        np.add.at(counts, items[:-2], 1)
+    order = np.argsort(-counts, kind="stable")
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    ranks = []
+    for items in data.inters.values():
+        rank = place[items[-1]]
+        if leave_out_seen:
+            rank -= (place[list(set(items[:-1]) - {items[-1]})] < rank).sum()
+        ranks.append(rank)
+    return np.array(ranks)
+
+
+def random_expectation(n_items: int, names: str) -> dict[str, float]:
+    """The expected metrics of a random order of all items: every rank is as likely."""
+    return {name: math.fsum(METRICS[kind](rank, k) for rank in range(k)) / n_items for name, kind, k in parse(names)}
+
+
+def references(data: RecData, names: str) -> dict[str, dict[str, np.ndarray | float]]:
+    """The reference rows: metric values per user, or an expectation."""
+    return {
+        "random (expected)": random_expectation(len(data.titles), names),
+        "popularity": values(popularity_ranks(data, False), names),
+        "popularity, unseen": values(popularity_ranks(data, True), names),
+    }
+
+
+def model_ranks(path: Path) -> np.ndarray:
+    """The target's rank by prompt and sample, from a predictions file: int (prompts, samples).
+
+    Raises:
+        UserError: the prompts do not have the same number of samples.
+    """
+    ranks = ranks_of(read_predictions(path))
+    if len({len(row) for row in ranks.values()}) != 1:
+        raise UserError(f"{path}: the prompts have different numbers of samples; score them all with one command")
+    return np.array(list(ranks.values()))
+
+
+def cell(user_values: np.ndarray | float) -> str:
+    """A mean and its interval."""
+    if isinstance(user_values, float):
+        return f"{user_values:.4f}"
+    low, high = interval(user_values)
+    return f"{user_values.mean():.4f} [{low:.4f}, {high:.4f}]"
+
+
+def table(rows: dict[str, dict[str, np.ndarray | float]], names: str) -> str:
+    """A Markdown table; brackets hold 95 % bootstrap intervals over users."""
+    heads = [name.replace("hit", "HR").replace("ndcg", "NDCG") for name, _, _ in parse(names)]
+    lines = [f"| model | {' | '.join(heads)} |", f"| --- |{' --- |' * len(heads)}"]
+    lines += [
+        f"| {label} | {' | '.join(cell(row[name]) for name, _, _ in parse(names))} |" for label, row in rows.items()
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(__doc__)
+    add_data(parser)
+    parser.add_argument("--results_file", nargs="+", required=True, type=Path, help="results of test.py or test_ddp.py")
+    parser.add_argument("--metrics", default=METRIC_NAMES, help="hit@k and ndcg@k, by commas")
+    args = parser.parse_args(argv)
+    data = load_data(args.data_path, args.dataset, args.index_file)
+    rows = references(data, args.metrics)
+    for path in args.results_file:
+        task = read_json(path).get("config", {}).get("task", "seqrec")
+        if task != "seqrec":
+            raise UserError(f"{path}: is of the task {task}; the references are for seqrec")
+        ranks = model_ranks(path.with_name(f"{path.stem}.predictions.jsonl"))
+        label = "LC-Rec" if len(args.results_file) == 1 else f"LC-Rec ({path.parent.name}/{path.stem})"
+        rows[label] = values(ranks, args.metrics)
+    text = table(rows, args.metrics)
+    note = f"{data.name}: {len(data.inters):,} users, all {len(data.titles):,} items ranked; brackets: 95 % bootstrap over users."
+    target = args.results_file[0].with_name(f"{args.results_file[0].stem}.table.md")
+    with atomic_path(target) as temporary:
+        temporary.write_text(f"{text}\n\n{note}\n", encoding="utf-8")
+    say(f"{text}\n\n{note}\n{target}: this table")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,124 @@
+#!/usr/bin/env bash
+# The main job, end to end: data → embeddings → item indices → base model → fine-tuning → test → table.
+#
+#   bash run.sh                                        the embedded default, MovieLens-100k with a tiny LLaMA, on the CPU
+#   DATASET=Games BASE_MODEL=huggyllama/llama-7b NPROC=8 bash run.sh        the paper's recipe (Games, Arts, Instruments)
+#   DATASET=Mine DATA_PATH=./data bash run.sh          your data: Mine.inter.json and Mine.item.json in ./data/Mine/
+#   bash run.sh index finetune                         these stages alone; stages: data embed index base finetune test table
+#   FORCE=1 bash run.sh finetune                       do it again although its output is there
+#
+# A stage whose output is there is skipped. Settings (environment variables, with their defaults):
+#   DATASET ml-100k | DATA_PATH ./data | BASE_MODEL (a tiny LLaMA, made on the spot) | NPROC (GPUs, or 2) | SEED 42
+#   OUTPUT_DIR ./ckpt/$DATASET | RESULTS_DIR ./results/$DATASET | DEEPSPEED ./config/ds_z3_bf16.json | PORT 23324
+#   FINETUNE_FLAGS, TEST_FLAGS, INDEX_FLAGS: appended to the stage's command, so they win | VENV .venv | PYTHON python3
+set -euo pipefail
+cd "$(dirname "$0")"
+if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"; exit 0; fi
+source scripts/env.sh
+source scripts/recipes.sh
+
+DATASET="${DATASET:-ml-100k}"
+DATA_PATH="${DATA_PATH:-./data}"
+SEED="${SEED:-42}"
+suffix=""; [ "$SEED" = 42 ] || suffix="-seed$SEED"
+OUTPUT_DIR="${OUTPUT_DIR:-./ckpt/$DATASET$suffix}"
+RESULTS_DIR="${RESULTS_DIR:-./results/$DATASET$suffix}"
+DEEPSPEED="${DEEPSPEED:-./config/ds_z3_bf16.json}"
+PORT="${PORT:-23324}"
+stem="$DATA_PATH/$DATASET/$DATASET"
+
+setup_env requirements.txt
+GPUS="$(count_gpus)"
+if [ "$GPUS" = 0 ]; then NPROC="${NPROC:-2}"; export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"; else NPROC="${NPROC:-$GPUS}"; fi
+TINY="./models/tiny-$DATASET$suffix"
+BASE="${BASE_MODEL:-$TINY}"
+recipe "$DATASET" "${BASE_MODEL:-}"
+
+# begin STAGE OUTPUT: true if the stage is to be run
+begin() {
+  if [ -e "$2" ] && [ "${FORCE:-0}" != 1 ]; then echo "== $1: $2 is there, skipped (FORCE=1 redoes it)"; return 1; fi
+  echo "== $1"
+}
+
+stage_data() {
+  if [ "$DATASET" = ml-100k ]; then
+    if begin data "$stem.inter.json"; then
+      python data_process/from_recbole.py --source "$(python data_process/fetch.py ml-100k)" --data_path "$DATA_PATH" \
+        --dataset ml-100k --k_core 1 --item_kind movie --overwrite
+    fi
+  elif [ ! -e "$stem.inter.json" ] || [ ! -e "$stem.item.json" ]; then
+    echo "error: $stem.inter.json and $stem.item.json must be there (README, 'Files'): download the dataset," \
+      "or make them with data_process/from_recbole.py" >&2
+    exit 2
+  fi
+  if begin user_texts "$stem.user.json"; then
+    python data_process/user_texts.py --data_path "$DATA_PATH" --dataset "$DATASET" --overwrite
+  fi
+}
+
+stage_embed() {
+  if [ -e "$stem.index.json" ] && [ "${FORCE:-0}" != 1 ]; then echo "== embed: $stem.index.json is there, not needed"; return; fi
+  if begin embed "$stem.emb-minilm-td.npy"; then
+    python data_process/embed.py --data_path "$DATA_PATH" --dataset "$DATASET" --plm_name minilm \
+      --model_path "$(python data_process/fetch.py minilm)"
+  fi
+}
+
+stage_index() {
+  if begin index "$stem.index.json"; then
+    echo "   ($INDEX_RECIPE)"
+    # shellcheck disable=SC2086
+    python index/main.py --data_path "$stem.emb-minilm-td.npy" --ckpt_dir "$OUTPUT_DIR-index" $INDEX_RECIPE ${INDEX_FLAGS:-}
+    python index/generate_indices.py --ckpt_path "$OUTPUT_DIR-index" --output_file "$stem.index.json" --overwrite
+  fi
+}
+
+stage_base() {
+  if [ -n "${BASE_MODEL:-}" ]; then echo "== base: $BASE_MODEL"; return; fi
+  if begin base "$TINY/config.json"; then
+    rm -rf "$TINY"
+    # shellcheck disable=SC2086
+    python data_process/base_model.py tiny --data_path "$DATA_PATH" --dataset "$DATASET" --target "$TINY" --seed "$SEED" $BASE_RECIPE
+  fi
+}
+
+stage_finetune() {
+  if begin finetune "$OUTPUT_DIR/config.json"; then
+    resume=(); overwrite=()
+    if [ "${FORCE:-0}" = 1 ]; then overwrite=(--overwrite_output_dir)
+    elif compgen -G "$OUTPUT_DIR/checkpoint-*" > /dev/null; then resume=(--resume_from_checkpoint auto); fi
+    # shellcheck disable=SC2086
+    torchrun --nproc_per_node="$NPROC" --master_port="$PORT" finetune.py --base_model "$BASE" --output_dir "$OUTPUT_DIR" \
+      --dataset "$DATASET" --data_path "$DATA_PATH" --seed "$SEED" --deepspeed "$DEEPSPEED" --bf16 --index_file .index.json \
+      $FINETUNE_RECIPE "${resume[@]}" "${overwrite[@]}" ${FINETUNE_FLAGS:-}
+  fi
+}
+
+stage_test() {
+  if begin test "$RESULTS_DIR/result.json"; then
+    restart=(); if [ "${FORCE:-0}" = 1 ]; then restart=(--restart); fi
+    # shellcheck disable=SC2086
+    DATASET="$DATASET" DATA_PATH="$DATA_PATH" CKPT_PATH="$OUTPUT_DIR" RESULTS_FILE="$RESULTS_DIR/result.json" PORT="$PORT" \
+      NPROC="$TEST_NPROC" bash test.sh --seed "$SEED" $TEST_RECIPE "${restart[@]}" ${TEST_FLAGS:-}
+  fi
+}
+
+stage_table() {
+  echo "== table"
+  # shellcheck disable=SC2086
+  python report.py --results_file "$RESULTS_DIR/result.json" --data_path "$DATA_PATH" --dataset "$DATASET"
+  cat <<EOF
+data      $DATA_PATH/$DATASET/
+index     $stem.index.json, $stem.index.report.json
+model     $OUTPUT_DIR/ (loads with AutoModelForCausalLM), its log and settings: train.log, run.json
+results   $RESULTS_DIR/result.json, result.predictions.jsonl, result.table.md
+EOF
+}
+
+if [ $# -eq 0 ]; then set -- data embed index base finetune test table; fi
+for stage in "$@"; do
+  case "$stage" in
+    data | embed | index | base | finetune | test | table) "stage_$stage" ;;
+    *) echo "error: no stage $stage; stages: data embed index base finetune test table" >&2; exit 2 ;;
+  esac
+done
