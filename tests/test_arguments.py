@@ -1,0 +1,70 @@
+"""The flags: the original's names and defaults, and lists that do not fit."""
+
+import pytest
+
+from arguments import add_data, add_global, add_test, add_train, make_parser, parse_tasks
+from utils import UserError
+
+DEFAULTS = """
+seed=42 base_model=./llama-7b/ output_dir=./ckpt/ data_path=
+tasks=seqrec,item2index,index2item,fusionseqrec,itemsearch,preferenceobtain
+dataset=Games index_file=.index.json max_his_len=20 add_prefix=False only_train_response=False
+train_prompt_sample_num=1,1,1,1,1,1 train_data_sample_num=0,0,0,100000,0,0 valid_prompt_id=0 sample_valid=True
+valid_prompt_sample_num=2 optim=adamw_torch epochs=4 learning_rate=2e-05 per_device_batch_size=8
+gradient_accumulation_steps=2 logging_step=10 model_max_length=2048 weight_decay=0.01 lora_r=8 lora_alpha=32
+lora_dropout=0.05 lora_target_modules=q_proj,v_proj,k_proj,o_proj,gate_proj,down_proj,up_proj
+lora_modules_to_save=embed_tokens,lm_head resume_from_checkpoint=None warmup_ratio=0.01 lr_scheduler_type=cosine
+save_and_eval_strategy=epoch save_and_eval_steps=1000 fp16=False bf16=False deepspeed=./config/ds_z3_bf16.json
+ckpt_path= lora=False filter_items=False results_file=./results/test-ddp.json test_batch_size=1 num_beams=20
+sample_num=-1 gpu_id=0 test_prompt_ids=0 metrics=hit@1,hit@5,hit@10,ndcg@5,ndcg@10 test_task=SeqRec
+"""
+
+
+def parser_of(*groups):
+    parser = make_parser("x")
+    for group in groups:
+        group(parser)
+    return parser
+
+
+def test_defaults_are_the_originals():
+    train = parser_of(add_global, add_data, add_train).parse_args([])
+    test = parser_of(add_global, add_data, add_test).parse_args([])
+    for pair in DEFAULTS.split():
+        name, value = pair.split("=", 1)
+        held = [str(getattr(args, name)) for args in (train, test) if hasattr(args, name)]
+        assert held and set(held) == {value}, name
+    assert train.his_sep == ", "
+
+
+def test_a_task_list_with_its_numbers():
+    args = parser_of(add_data).parse_args(
+        ["--tasks", "seqrec, ItemSearch", "--train_prompt_sample_num", "2,1", "--train_data_sample_num", "0,50"]
+    )
+    assert parse_tasks(args) == [("seqrec", 2, 0), ("itemsearch", 1, 50)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tasks", "seqrec,typo"], "unknown task 'typo'"),
+        (["--tasks", "seqrec,seqrec"], "seqrec is named twice"),
+        (["--tasks", ","], "names no task"),
+        (["--tasks", "seqrec"], "train_prompt_sample_num has 6 numbers, but --tasks names 1 tasks"),
+        (["--train_data_sample_num", "0,0"], "train_data_sample_num has 2 numbers, but --tasks names 6"),
+        (["--train_data_sample_num", "0,0,0,-1,0,0"], "not a list of whole numbers"),
+        (["--train_prompt_sample_num", "1,1,1,1,1,0"], "must be 1 or more"),
+    ],
+)
+def test_lists_that_do_not_fit(flags, message):
+    with pytest.raises(UserError, match=message):
+        parse_tasks(parser_of(add_data).parse_args(flags))
+
+
+def test_batch_size_is_a_number_or_auto(capsys):
+    parser = parser_of(add_test)
+    assert parser.parse_args(["--test_batch_size", "auto"]).test_batch_size == "auto"
+    assert parser.parse_args(["--test_batch_size", "8"]).test_batch_size == 8
+    with pytest.raises(SystemExit) as caught:
+        parser.parse_args(["--test_batch_size", "0"])
+    assert caught.value.code == 2
