@@ -9,8 +9,9 @@
 #
 # A stage whose output is there is skipped. Settings (environment variables, with their defaults):
 #   DATASET ml-100k | DATA_PATH ./data | BASE_MODEL (a tiny LLaMA, made on the spot) | NPROC (GPUs, or 2) | SEED 42
-#   OUTPUT_DIR ./ckpt/$DATASET | RESULTS_DIR ./results/$DATASET | DEEPSPEED ./config/ds_z3_bf16.json | PORT 23324
-#   FINETUNE_FLAGS, TEST_FLAGS, INDEX_FLAGS: appended to the stage's command, so they win | VENV .venv | PYTHON python3
+#   OUTPUT_DIR ./ckpt/$DATASET | RESULTS_DIR ./results/$DATASET | MODELS_DIR ./models | DEEPSPEED ./config/ds_z3_bf16.json
+#   PORT 23324 | INDEX_FLAGS, FINETUNE_FLAGS, TEST_FLAGS: appended to the stage's command, so they win
+#   VENV .venv | PYTHON python3 | FORCE 0
 set -euo pipefail
 cd "$(dirname "$0")"
 if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"; exit 0; fi
@@ -30,7 +31,7 @@ stem="$DATA_PATH/$DATASET/$DATASET"
 setup_env requirements.txt
 GPUS="$(count_gpus)"
 if [ "$GPUS" = 0 ]; then NPROC="${NPROC:-2}"; export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"; else NPROC="${NPROC:-$GPUS}"; fi
-TINY="./models/tiny-$DATASET$suffix"
+TINY="${MODELS_DIR:-./models}/tiny-$DATASET$suffix"
 BASE="${BASE_MODEL:-$TINY}"
 recipe "$DATASET" "${BASE_MODEL:-}"
 
@@ -51,7 +52,9 @@ stage_data() {
       "or make them with data_process/from_recbole.py" >&2
     exit 2
   fi
-  if begin user_texts "$stem.user.json"; then
+  if [ -e "$stem.user.json" ] && ! grep -q '"made_by"' "$stem.user.json"; then
+    echo "== user_texts: $stem.user.json came with the dataset, kept"
+  elif begin user_texts "$stem.user.json"; then
     python data_process/user_texts.py --data_path "$DATA_PATH" --dataset "$DATASET" --overwrite
   fi
 }
@@ -65,7 +68,9 @@ stage_embed() {
 }
 
 stage_index() {
-  if begin index "$stem.index.json"; then
+  if [ -e "$stem.index.json" ] && [ ! -e "$stem.index.report.json" ]; then
+    echo "== index: $stem.index.json came with the dataset, kept"
+  elif begin index "$stem.index.json"; then
     echo "   ($INDEX_RECIPE)"
     # shellcheck disable=SC2086
     python index/main.py --data_path "$stem.emb-minilm-td.npy" --ckpt_dir "$OUTPUT_DIR-index" $INDEX_RECIPE ${INDEX_FLAGS:-}

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AddedToken, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = [f"the user bought item number {i} and also {i * 7} blue or red things" for i in range(300)]
@@ -41,6 +43,15 @@ def save_tokenizer(folder: Path, item_tokens: list[str] = ()) -> None:
     if item_tokens:
         ids = {token: VOCABULARY + number for number, token in enumerate(item_tokens)}
         (folder / "added_tokens.json").write_text(json.dumps(ids))
+
+
+def save_word_tokenizer(folder: Path, words: int, item_tokens: list[str] = ()) -> None:
+    """A tokenizer of `words` made-up words (for synthetic models of real size) and the item tokens after them."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{number}": number for number in range(3, words)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    wrapped.add_tokens([AddedToken(token, normalized=False) for token in item_tokens])
+    wrapped.save_pretrained(folder)
 
 
 def tiny_llama(vocabulary: int = VOCABULARY, tied: bool = False, seed: int = 0, **settings: int) -> LlamaForCausalLM:

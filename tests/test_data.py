@@ -211,7 +211,10 @@ def without(content, *path):
         ({"inter": []}, r"Toy\.inter\.json: must be an object"),
         ({"item": without(ITEMS, "3")}, r"Toy\.item\.json: has no item '3'"),
         ({"item": without(ITEMS, "3", "title")}, r"Toy\.item\.json: item '3' has no text in 'title'"),
-        ({"item": {**ITEMS, "3": {"title": " ", "description": ""}}}, r"item '3' has neither a title nor a description"),
+        (
+            {"item": {**ITEMS, "3": {"title": " ", "description": ""}}},
+            r"item '3' has neither a title nor a description",
+        ),
         ({"index": without(INDEX, "4")}, r"Toy\.index\.json: item '4' has no index"),
         ({"index": {**INDEX, "4": ["a_1"]}}, r"Toy\.index\.json: item '4' has 'a_1', which is not a token"),
         ({"index": {**INDEX, "4": []}}, r"item '4' must have a list of tokens"),
@@ -219,7 +222,10 @@ def without(content, *path):
         ({"user": None}, r"Toy\.user\.json: no such file"),
         ({"user": without(USERS, "user_vague_intention", "test")}, r"'test' must be an object"),
         ({"user": without(USERS, "user_vague_intention", "test", "1")}, r"'test' '1' is missing"),
-        ({"user": without(USERS, "user_vague_intention", "train", "1", "querys")}, r"'train' '1': 'querys' must be two"),
+        (
+            {"user": without(USERS, "user_vague_intention", "train", "1", "querys")},
+            r"'train' '1': 'querys' must be two",
+        ),
     ],
 )
 def test_broken_files_are_named_with_key_and_reason(tmp_path, changes, message):

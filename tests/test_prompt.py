@@ -7,7 +7,14 @@ import pytest
 from prompt import TASK_SLOTS, Template, fill, load_prompts
 from utils import UserError
 
-NUMBERS = {"seqrec": 17, "item2index": 19, "index2item": 17, "fusionseqrec": 12, "itemsearch": 11, "preferenceobtain": 11}
+NUMBERS = {
+    "seqrec": 17,
+    "item2index": 19,
+    "index2item": 17,
+    "fusionseqrec": 12,
+    "itemsearch": 11,
+    "preferenceobtain": 11,
+}
 
 
 def test_numbers_and_order_of_the_templates():
@@ -71,7 +78,9 @@ def test_a_file_of_the_users_own(tmp_path, suffix, capsys):
     }
     path = tmp_path / f"mine{suffix}"
     path.write_text(
-        json.dumps(content) if suffix == ".json" else "".join(f"{name} = {value!r}\n" for name, value in content.items())
+        json.dumps(content)
+        if suffix == ".json"
+        else "".join(f"{name} = {value!r}\n" for name, value in content.items())
     )
     prompts = load_prompts(str(path))
     assert prompts.prompt(prompts.of("seqrec")[0], {"inters": "x", "item": "y"}) == "Q x? A "
