@@ -20,6 +20,7 @@ from utils import UserError, read_json
 
 ITEM_TOKEN = re.compile(r"<[a-z]_\d+>")
 ROW_PADDING = 128  # embeddings are sometimes padded to a multiple of at most this
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -32,6 +33,7 @@ TOKENIZER_FILES = (
     "chat_template*",
 )
 SETTINGS = ("config.json", "generation_config.json")
+# On the hub a repository may also hold the authors' own format (consolidated*) and other precisions in folders.
 HUB_PATTERNS = (*SETTINGS, *TOKENIZER_FILES, "adapter_config.json", "README.md", "*.index.json")
 
 
@@ -87,7 +89,8 @@ def download(repo_id: str) -> str:
     try:
         files = HfApi().list_repo_files(repo_id)
         weights = "*.safetensors" if any(file.endswith(".safetensors") for file in files) else "*.bin"
-        return snapshot_download(repo_id, allow_patterns=[*HUB_PATTERNS, weights])
+        patterns = [*HUB_PATTERNS, weights]
+        return snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*", "train*"])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{repo_id}: no such folder here, and the hub did not give it ({reason})") from None
@@ -137,7 +140,7 @@ def load_tokenizer(folder: ModelFolder):  # noqa: ANN201  (a transformers tokeni
     """The folder's tokenizer; code that came with it is never run."""
     from transformers import AutoTokenizer
 
-    if not any(folder.has(name) for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+    if not any(folder.has(name) for name in TOKENIZERS):
         raise UserError(f"{folder.path}: has no tokenizer (tokenizer.json or tokenizer.model)")
     for path in folder.path.glob("tokenizer*"):
         inside(folder.path, path.name, folder.allowed)
@@ -167,13 +170,25 @@ def check_item_tokens(delta: ModelFolder, base: ModelFolder, rows: int, base_row
         raise UserError(f"{place}: the tokenizer has {len(tokenizer)} tokens, the embedding only {rows} rows")
     if rows > base_rows and rows - len(tokenizer) >= ROW_PADDING:
         raise UserError(f"{place}: {rows} rows of the embedding, but {len(tokenizer)} tokens in the tokenizer")
-    if any(base.has(name) for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        ours = load_tokenizer(base).get_vocab()
-        taken = set(ours.values())
-        clash = next((t for t, number in tokens.items() if number in taken and ours.get(t) != number), None)
-        if clash:
-            raise UserError(f"{place}: item token {clash} has the id {tokens[clash]}, which is a token of the base")
+    if any(base.has(name) for name in TOKENIZERS):
+        _check_same_vocabulary(load_tokenizer(base).get_vocab(), tokenizer.get_vocab(), tokens, place)
     return len(tokens)
+
+
+def _check_same_vocabulary(base: dict[str, int], ours: dict[str, int], items: dict[str, int], place: Path) -> None:
+    """A fine-tuned tokenizer keeps the base's tokens where they were (a special token or two may differ)."""
+    moved = [token for token, number in base.items() if ours.get(token) != number]
+    if len(moved) > len(base) // 100:
+        raise UserError(
+            f"{place}: is a delta of another base: {len(moved)} of the base's {len(base)} tokens have other ids in its "
+            f"tokenizer ({moved[0]!r})"
+        )
+    taken = {number: token for token, number in base.items()}
+    for token, number in items.items():
+        if taken.get(number, token) != token:
+            raise UserError(
+                f"{place}: item token {token} has the id {number}, which the base gives to {taken[number]!r}"
+            )
 
 
 def copy_files(source: ModelFolder, target: Path, patterns: tuple[str, ...]) -> list[str]:

@@ -45,6 +45,7 @@ from convert.weights import (  # noqa: E402
 )
 from utils import UserError, run_main, say, versions, write_json  # noqa: E402
 
+LEAST_COSINE = 0.1
 SAME_MODEL = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
@@ -96,6 +97,31 @@ def plan_merge(base: ModelFolder, delta: ModelFolder, b: Weights, d: Weights, dt
     if dropped:
         plan.notes.append(f"{len(dropped)} buffers that models now compute were dropped ({dropped[0]} …)")
     return plan
+
+
+def check_related(plan: Plan, b: Weights, d: Weights) -> None:
+    """Where the delta holds the embedding whole, its old rows must resemble the base's.
+
+    Two bases of one size (LLaMA and LLaMA-2) cannot be told apart by names and shapes, but their embeddings have
+    nothing to do with each other, while fine-tuning moves them little.
+
+    Raises:
+        UserError: the cosine of the two is under `LEAST_COSINE`.
+    """
+    embedding, _ = embedding_names(plan.config)
+    if plan.base_of.get(embedding) is not None:
+        return
+    products = torch.zeros(3, dtype=torch.float64)
+    for ours, theirs in zip(b.blocks(embedding), d.blocks(embedding), strict=False):
+        rows = min(len(ours), len(theirs))
+        one, other = ours[:rows].float().flatten(), theirs[:rows].float().flatten()
+        products += torch.stack([one @ other, one @ one, other @ other]).double()
+    cosine = float(products[0] / (products[1] * products[2]).sqrt().clamp(min=1e-30))
+    if cosine < LEAST_COSINE:
+        raise UserError(
+            f"{d.folder}: is a delta of another base: its embeddings do not resemble those of {b.folder} (cosine "
+            f"{cosine:.2f}); add --any-base if you are sure"
+        )
 
 
 def _is_tied(config: Any) -> bool:
@@ -154,11 +180,19 @@ def _finite(name: str, total: torch.Tensor, delta: torch.Tensor, base: torch.Ten
 
 
 def merge(
-    base: ModelFolder, delta: ModelFolder, target: Path, dtype: torch.dtype, max_shard_bytes: int, overwrite: bool
+    base: ModelFolder,
+    delta: ModelFolder,
+    target: Path,
+    dtype: torch.dtype = torch.float16,
+    max_shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
+    any_base: bool = False,
 ) -> dict[str, Any]:
     """Write base + delta to the folder `target`; the report, as in `merge_report.json`."""
     b, d = base.weights(), delta.weights()
     plan = plan_merge(base, delta, b, d, dtype)
+    if not any_base:
+        check_related(plan, b, d)
     rows = plan.config.vocab_size
     tokens = check_item_tokens(delta, base, rows, b.entries[embedding_names(plan.config)[0]].shape[0])
     _, ties = skeleton(plan.config)
@@ -237,11 +271,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="arithmetic and result (default: float16)")
     parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (default: 5GB)")
     parser.add_argument("--low-cpu-mem", action="store_true", help="for old commands: memory is always kept low")
+    parser.add_argument("--any-base", action="store_true", help="skip the test that embeddings resemble the base's")
     parser.add_argument("--overwrite", action="store_true", help="replace the target if it exists")
     args = parser.parse_args(argv)
     base, delta = find_model(args.base_model_path), find_model(args.delta_path)
     target = Path(args.target_model_path)
-    report = merge(base, delta, target, DTYPES[args.dtype], parse_size(args.max_shard_size), args.overwrite)
+    size = parse_size(args.max_shard_size)
+    report = merge(base, delta, target, DTYPES[args.dtype], size, args.overwrite, args.any_base)
     done = [entry["done"] for entry in report["tensors"].values()]
     for note in report["notes"]:
         say(f"note: {note}")

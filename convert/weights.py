@@ -350,7 +350,15 @@ def write_weights(
         weight_map = {name: shard.name for shard in shards for name in shard.tensors}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    _verify(folder, tensors, stem)
     return digests
+
+
+def _verify(folder: Path, tensors: dict[str, tuple[tuple[int, ...], torch.dtype]], stem: str) -> None:
+    """Read the headers back as any user will: the files have their full length, and every tensor is there."""
+    found = {name: (entry.shape, entry.dtype) for name, entry in Weights(folder, stem=(stem,)).entries.items()}
+    if found != tensors:
+        raise RuntimeError(f"{folder}: what was written is not what was planned")
 
 
 class InputHashes:

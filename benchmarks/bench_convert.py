@@ -1,0 +1,137 @@
+"""Merging a delta: time and peak memory against copying the files and against loading everything.
+
+    python benchmarks/bench_convert.py                 # a LLaMA of about 1 GB in float16, three rounds
+    python benchmarks/bench_convert.py --hidden 4096 --layers 32 --rounds 1      # the real size (13 GB + 13 GB + 13 GB)
+
+Baselines, run in turn with ours in every round: `cp -r` of base and delta (what moving the files costs), and the plain
+way (load both state dicts, add, save). Medians, and ratios to `cp`. All write to the same disk and end with `sync`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from utils import run_main, versions  # noqa: E402
+
+PLAIN = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+def load(folder):
+    state = {}
+    for path in sorted(Path(folder).glob("pytorch_model*.bin")):
+        state |= torch.load(path, map_location="cpu", weights_only=True)
+    return state
+base, delta = load(sys.argv[1]), load(sys.argv[2])
+for name, tensor in delta.items():
+    if name in base and base[name].shape == tensor.shape:
+        tensor += base[name].half()
+Path(sys.argv[3]).mkdir()
+save_file(delta, Path(sys.argv[3]) / "model.safetensors")
+"""
+
+
+def make_inputs(folder: Path, hidden: int, layers: int, shards: int) -> None:
+    """Write `folder`/base and `folder`/delta: sharded .bin in float16, random weights, 1,024 item tokens more."""
+    from convert_parts import save_word_tokenizer
+    from transformers import LlamaConfig
+
+    sizes = {"hidden_size": hidden, "intermediate_size": hidden * 43 // 16, "num_hidden_layers": layers}
+    tokens = [f"<{level}_{code}>" for level in "abcd" for code in range(256)]
+    for side, rows in (("base", 32_000), ("delta", 32_000 + len(tokens))):
+        path = folder / side
+        config = LlamaConfig(vocab_size=rows, num_attention_heads=hidden // 128, dtype=torch.float16, **sizes)
+        path.mkdir()
+        config.save_pretrained(path)
+        save_word_tokenizer(path, 32_000, tokens if side == "delta" else [])
+        _write_shards(path, config, shards)
+
+
+def _write_shards(path: Path, config: object, shards: int) -> None:
+    from convert.folder import skeleton
+
+    shapes = list(skeleton(config)[0].items())
+    weight_map = {}
+    for number in tqdm(range(shards), desc=path.name, disable=None):
+        file = f"pytorch_model-{number + 1:05d}-of-{shards:05d}.bin"
+        count = -(-len(shapes) // shards)
+        part = {name: torch.randn(shape).half() * 0.02 for name, shape in shapes[number * count : (number + 1) * count]}
+        torch.save(part, path / file)
+        weight_map |= dict.fromkeys(part, file)
+    (path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def timed(command: list[str]) -> tuple[float, float]:
+    """Seconds until `command` has ended and the disk is in step, and its peak resident memory in GB."""
+    os.sync()
+    start = time.perf_counter()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"{command[:3]} failed")
+    os.sync()
+    return time.perf_counter() - start, usage.ru_maxrss / 2**20
+
+
+def ways(folder: Path) -> dict[str, list[str]]:
+    """Name → command; each writes below `folder`/out."""
+    base, delta, out = (str(folder / name) for name in ("base", "delta", "out"))
+    merge = [sys.executable, "convert/merge_delta.py", "--base-model-path", base, "--delta-path", delta]
+    merge += ["--target-model-path", out]
+    return {
+        "cp -r base delta": ["cp", "-r", base, delta, out],
+        "load everything": [sys.executable, "-c", PLAIN, base, delta, out],
+        "merge_delta.py": merge,
+        "merge_delta.py --low-cpu-mem": [*merge, "--low-cpu-mem"],
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Make the inputs, run every way in turn, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=1536, help="hidden size (default: 1536)")
+    parser.add_argument("--layers", type=int, default=16, help="number of layers (default: 16)")
+    parser.add_argument("--shards", type=int, default=4, help="files per side (default: 4)")
+    parser.add_argument("--rounds", type=int, default=3, help="times each way is run (default: 3)")
+    parser.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        folder = Path(name)
+        make_inputs(folder, args.hidden, args.layers, args.shards)
+        size = sum(path.stat().st_size for path in folder.rglob("*.bin")) / 2**30
+        print(f"base and delta: {size:.2f} GB in {2 * args.shards} files; {versions('torch', 'safetensors')}")
+        seconds: dict[str, list[float]] = {}
+        memory: dict[str, float] = {}
+        for _ in range(args.rounds):
+            for way, command in ways(folder).items():
+                if way.startswith("cp"):
+                    (folder / "out").mkdir()
+                took, peak = timed(command)
+                seconds.setdefault(way, []).append(took)
+                memory[way] = max(memory.get(way, 0.0), peak)
+                shutil.rmtree(folder / "out")
+    reference = statistics.median(seconds["cp -r base delta"])
+    print(f"{'way':<30}{'median s':>10}{'× cp':>8}{'peak GB':>10}")
+    for way, times in seconds.items():
+        middle = statistics.median(times)
+        print(f"{way:<30}{middle:>10.2f}{middle / reference:>8.2f}{memory[way]:>10.2f}")
+
+
+if __name__ == "__main__":
+    run_main(main)
