@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,10 +72,18 @@ def _write_shards(path: Path, config: object, shards: int) -> None:
     for number in tqdm(range(shards), desc=path.name, disable=None):
         file = f"pytorch_model-{number + 1:05d}-of-{shards:05d}.bin"
         count = -(-len(shapes) // shards)
-        part = {name: torch.randn(shape).half() * 0.02 for name, shape in shapes[number * count : (number + 1) * count]}
+        part = {name: _random(name, shape) for name, shape in shapes[number * count : (number + 1) * count]}
         torch.save(part, path / file)
         weight_map |= dict.fromkeys(part, file)
     (path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def _random(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """The same numbers for the same name: the first rows of base and delta agree, as embeddings do."""
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    rows = min(shape[0], 32_000)
+    first = torch.randn((rows, *shape[1:]), generator=generator)
+    return torch.cat([first, torch.randn((shape[0] - rows, *shape[1:]), generator=generator)]).half() * 0.02
 
 
 def timed(command: list[str]) -> tuple[float, float]:

@@ -170,9 +170,24 @@ def check_item_tokens(delta: ModelFolder, base: ModelFolder, rows: int, base_row
         raise UserError(f"{place}: the tokenizer has {len(tokenizer)} tokens, the embedding only {rows} rows")
     if rows > base_rows and rows - len(tokenizer) >= ROW_PADDING:
         raise UserError(f"{place}: {rows} rows of the embedding, but {len(tokenizer)} tokens in the tokenizer")
+    for file, token, number in _stated_ids(delta):
+        if tokens.get(token, number) != number:
+            raise UserError(
+                f"{place / file}: gives {token} the id {number}, but the tokenizer loads it as {tokens[token]}"
+            )
     if any(base.has(name) for name in TOKENIZERS):
         _check_same_vocabulary(load_tokenizer(base).get_vocab(), tokenizer.get_vocab(), tokens, place)
     return len(tokens)
+
+
+def _stated_ids(folder: ModelFolder) -> Iterator[tuple[str, str, int]]:
+    """(file, token, id) as the tokenizer's files state them; loaders renumber tokens silently where ids have gaps."""
+    if folder.has("added_tokens.json"):
+        for token, number in folder.json("added_tokens.json").items():
+            yield "added_tokens.json", token, number
+    if folder.has("tokenizer.json"):
+        for entry in folder.json("tokenizer.json").get("added_tokens") or []:
+            yield "tokenizer.json", entry["content"], entry["id"]
 
 
 def _check_same_vocabulary(base: dict[str, int], ours: dict[str, int], items: dict[str, int], place: Path) -> None:

@@ -104,6 +104,35 @@ def save_model(model: LlamaForCausalLM, folder: Path, kind: str = "safetensors",
     cast.save_pretrained(folder, max_shard_size="20KB" if kind.endswith("sharded") else "1GB")
 
 
+def half(model) -> dict[str, torch.Tensor]:
+    """The model's tensors in float16."""
+    return {name: tensor.detach().half() for name, tensor in model.state_dict().items()}
+
+
+def save_delta(base, target, folder: Path, kind: str = "bin-sharded") -> None:
+    """The delta as the original's script makes it: plain arithmetic in float16 over whole state dicts."""
+    ours, theirs = half(base), half(target)
+    delta = {n: t if t.shape != ours[n].shape else t - ours[n] for n, t in theirs.items()}
+    target.config.save_pretrained(folder)
+    if kind.startswith("bin"):
+        save_bin(delta, folder, 3 if kind.endswith("sharded") else 1)
+    else:
+        copy = LlamaForCausalLM(target.config).half()
+        copy.load_state_dict(delta)
+        copy.save_pretrained(folder, max_shard_size="20KB" if kind.endswith("sharded") else "1GB")
+    save_tokenizer(folder, ITEM_TOKENS)
+
+
+def delta_parts(folder: Path) -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
+    """Write `folder`/base and `folder`/delta; the base and the fine-tuned model."""
+    base = tiny_llama()
+    target = fine_tuned(base)
+    save_model(base, folder / "base")
+    save_tokenizer(folder / "base")
+    save_delta(base, target, folder / "delta")
+    return base, target
+
+
 def run_script(*words: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `python *words` from `cwd`; output as text."""
     command = [sys.executable, *map(str, words)]

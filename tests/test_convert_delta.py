@@ -11,9 +11,11 @@ import torch
 from convert_parts import (
     ITEM_TOKENS,
     VOCABULARY,
+    delta_parts,
     fine_tuned,
+    half,
     run_script,
-    save_bin,
+    save_delta,
     save_model,
     save_tokenizer,
     tiny_llama,
@@ -27,25 +29,6 @@ from utils import UserError
 KINDS = ("safetensors", "safetensors-sharded", "bin", "bin-sharded")
 
 
-def half(model) -> dict[str, torch.Tensor]:
-    """The model's tensors in float16."""
-    return {name: tensor.detach().half() for name, tensor in model.state_dict().items()}
-
-
-def save_delta(base, target, folder: Path, kind: str = "bin-sharded") -> None:
-    """The delta as the original's script makes it: plain arithmetic in float16 over whole state dicts."""
-    ours, theirs = half(base), half(target)
-    delta = {n: t if t.shape != ours[n].shape else t - ours[n] for n, t in theirs.items()}
-    target.config.save_pretrained(folder)
-    if kind.startswith("bin"):
-        save_bin(delta, folder, 3 if kind.endswith("sharded") else 1)
-    else:
-        copy = type(target)(target.config).half()
-        copy.load_state_dict(delta)
-        copy.save_pretrained(folder, max_shard_size="20KB" if kind.endswith("sharded") else "1GB")
-    save_tokenizer(folder, ITEM_TOKENS)
-
-
 def expected(base, target) -> dict[str, torch.Tensor]:
     """base + delta in float16, everything in memory: the slow oracle."""
     ours, theirs = half(base), half(target)
@@ -54,12 +37,7 @@ def expected(base, target) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def parts(tmp_path):
-    base = tiny_llama()
-    target = fine_tuned(base)
-    save_model(base, tmp_path / "base")
-    save_tokenizer(tmp_path / "base")
-    save_delta(base, target, tmp_path / "delta")
-    return base, target, tmp_path
+    return *delta_parts(tmp_path), tmp_path
 
 
 def merge(folder: Path, *words: str) -> dict:

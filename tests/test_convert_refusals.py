@@ -1,0 +1,225 @@
+"""What merge_delta and make_delta refuse: one line each, and nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from convert_parts import (
+    ITEM_TOKENS,
+    VOCABULARY,
+    delta_parts,
+    fine_tuned,
+    half,
+    run_script,
+    save_bin,
+    save_delta,
+    save_model,
+    save_tokenizer,
+    tiny_llama,
+)
+
+from convert import make_delta, merge_delta
+from utils import UserError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    delta_parts(tmp_path)
+    return tmp_path
+
+
+def merge(folder, *words):
+    merge_delta.main(
+        ["--base-model-path", f"{folder}/base", "--delta-path", f"{folder}/delta"]
+        + ["--target-model-path", f"{folder}/target", *words]
+    )
+
+
+def change_delta(folder, change):
+    """Rewrite the delta as one `.bin` after `change(state)`."""
+    state = {}
+    for path in (folder / "delta").glob("pytorch_model*"):
+        if path.suffix == ".bin":
+            state |= torch.load(path, weights_only=True)
+        path.unlink()
+    change(state)
+    save_bin(state, folder / "delta")
+
+
+def change_json(path, **values):
+    content = json.loads(path.read_text()) | values
+    path.write_text(json.dumps(content))
+
+
+LAYER = "model.layers.1.mlp.up_proj.weight"
+
+
+def other_hidden(folder):
+    shutil.rmtree(folder / "base")
+    save_model(tiny_llama(hidden_size=16), folder / "base")
+    save_tokenizer(folder / "base")
+
+
+def other_layers(folder):
+    shutil.rmtree(folder / "base")
+    save_model(tiny_llama(num_hidden_layers=3), folder / "base")
+    save_tokenizer(folder / "base")
+
+
+def unrelated_base(folder):
+    shutil.rmtree(folder / "base")
+    save_model(tiny_llama(seed=7), folder / "base")
+    save_tokenizer(folder / "base")
+
+
+def larger_vocabulary(folder):
+    shutil.rmtree(folder / "base")
+    save_model(tiny_llama(VOCABULARY + 50), folder / "base")
+    save_tokenizer(folder / "base")
+
+
+def other_tokens(folder):
+    """A base with a WordPiece-like vocabulary of its own under the same number of rows."""
+    from convert_parts import save_word_tokenizer
+
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+        (folder / "base" / name).unlink()
+    save_word_tokenizer(folder / "base", VOCABULARY)
+
+
+def wide_layer(state):
+    state[LAYER] = torch.zeros(48, 40).half()
+
+
+def nan(state):
+    state[LAYER][3, 3] = float("nan")
+
+
+def overflow(state):
+    state[LAYER][:] = 65_000
+
+
+CASES = {
+    "base without a layer": (lambda f: other_layers(f), "num_hidden_layers is 2, the base's 3"),
+    "other hidden size": (other_hidden, "hidden_size is 32, the base's 16"),
+    "base of the same size": (unrelated_base, "do not resemble.*cosine"),
+    "vocabulary that shrinks": (larger_vocabulary, "embed_tokens.*of another base|another base"),
+    "other vocabulary": (other_tokens, "another base.*other ids"),
+    "tensor missing in the delta": (
+        lambda f: change_delta(f, lambda s: s.pop(LAYER)),
+        f"lacks {LAYER}, which the base",
+    ),
+    "tensor missing in the base": (
+        lambda f: change_delta(f, lambda s: s.update({"model.layers.0.extra.weight": torch.ones(2)})),
+        "lacks model.layers.0.extra.weight, which the delta has",
+    ),
+    "other shape": (lambda f: change_delta(f, wide_layer), r"\[48, 40\], the base \[48, 32\]"),
+    "NaN": (lambda f: change_delta(f, nan), "the delta holds NaN or inf"),
+    "too few rows": (
+        lambda f: save_tokenizer(f / "delta", [*ITEM_TOKENS, "<e_0>"]),
+        "317 tokens, the embedding only 316 rows",
+    ),
+    "no item tokens": (lambda f: (f / "delta/added_tokens.json").unlink(), "no item tokens"),
+    "no tokenizer": (lambda f: [p.unlink() for p in (f / "delta").glob("tokenizer*")], "has no tokenizer"),
+    "item token on a token of the base": (
+        lambda f: change_json(f / "delta/added_tokens.json", **{"<a_0>": 299}),
+        "added_tokens.json: gives <a_0> the id 299, but",
+    ),
+    "a gap between the ids": (
+        lambda f: change_json(f / "delta/added_tokens.json", **{ITEM_TOKENS[-1]: 400}),
+        "gives <d_3> the id 400, but",
+    ),
+    "shard missing": (
+        lambda f: (f / "delta/pytorch_model-00002-of-00003.bin").unlink(),
+        "pytorch_model-00002-of-00003.bin: no such file",
+    ),
+    "shard cut short": (
+        lambda f: (f / "delta/pytorch_model-00002-of-00003.bin").write_bytes(b"PK\x03\x04 cut"),
+        "pytorch_model-00002-of-00003.bin: not a readable torch file",
+    ),
+    "safetensors cut short": (
+        lambda f: (f / "base/model.safetensors").write_bytes((f / "base/model.safetensors").read_bytes()[:-10]),
+        "model.safetensors: not a readable safetensors file",
+    ),
+    "broken index": (lambda f: (f / "delta/pytorch_model.bin.index.json").write_text("{"), "broken JSON at line 1"),
+    "index without map": (lambda f: (f / "delta/pytorch_model.bin.index.json").write_text("[]"), "no weight_map"),
+    "no config": (lambda f: (f / "base/config.json").unlink(), "config.json: no such file"),
+    "own code": (
+        lambda f: change_json(f / "delta/config.json", auto_map={"AutoConfig": "evil.Config"}),
+        "needs code of its own",
+    ),
+    "no weights": (lambda f: (f / "base/model.safetensors").unlink(), "has no weights"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_refused_with_one_line_and_nothing_left(folder, case):
+    spoil, message = CASES[case]
+    spoil(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        merge(folder)
+    assert "\n" not in str(caught.value)
+    assert not (folder / "target").exists()
+    assert not list(folder.glob(".target*"))
+
+
+def test_float16_overflow_is_named_and_another_type_helps(folder):
+    change_delta(folder, overflow)
+    state = half(tiny_llama()) | {LAYER: torch.full((48, 32), 2_000.0).half()}
+    (folder / "base/model.safetensors").unlink()
+    save_bin(state, folder / "base")
+    with pytest.raises(UserError, match="overflows float16; use --dtype"):
+        merge(folder)
+    merge(folder, "--dtype", "float32")
+
+
+def test_unrelated_base_is_possible_on_request(folder):
+    unrelated_base(folder)
+    merge(folder, "--any-base")
+    assert (folder / "target/config.json").is_file()
+
+
+def test_status_2_and_no_traceback(folder):
+    (folder / "base/config.json").unlink()
+    words = ["--base-model-path", folder / "base", "--delta-path", folder / "delta"]
+    result = run_script("convert/merge_delta.py", *words, "--target-model-path", folder / "target")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in result.stderr
+
+
+def test_make_delta_names_a_target_that_diverged(tmp_path):
+    base = tiny_llama()
+    target = fine_tuned(base)
+    with torch.no_grad():
+        target.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    save_model(base, tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    save_model(target, tmp_path / "tuned", dtype=torch.float32)
+    save_tokenizer(tmp_path / "tuned", ITEM_TOKENS)
+    words = ["--base-model-path", f"{tmp_path}/base", "--target-model-path", f"{tmp_path}/tuned"]
+    with pytest.raises(UserError, match="target holds NaN or inf"):
+        make_delta.main([*words, "--delta-path", f"{tmp_path}/delta"])
+    assert not (tmp_path / "delta").exists()
+
+
+@pytest.mark.parametrize("base_tied", [False, True])
+@pytest.mark.parametrize("target_tied", [False, True])
+def test_tied_and_untied_on_either_side(tmp_path, base_tied, target_tied):
+    from transformers import AutoModelForCausalLM
+
+    base = tiny_llama(tied=base_tied)
+    target = tiny_llama(VOCABULARY + len(ITEM_TOKENS), tied=target_tied, seed=0)
+    with torch.no_grad():
+        target.get_input_embeddings().weight[:VOCABULARY] = base.get_input_embeddings().weight
+    save_model(base, tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    save_delta(base, target, tmp_path / "delta")
+    merge(tmp_path)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "target", dtype=torch.float32)
+    ids = torch.arange(40)[None]
+    assert torch.allclose(merged(ids).logits, target(ids).logits, atol=2e-3)
+    assert merged.config.tie_word_embeddings == target_tied
