@@ -92,6 +92,13 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     add("--deepspeed", default="./config/ds_z3_bf16.json", help="DeepSpeed configuration; none: plain DDP")
     add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True, help="recompute activations")
     add("--max_steps", type=int, default=-1, help="stop after so many optimiser steps; -1: by --epochs")
+    add(
+        "--packing",
+        action="store_true",
+        help="lay a batch's samples end to end instead of padding them: same loss, faster",
+    )
+    add("--save_total_limit", type=int, default=5, help="checkpoints kept, the best one among them")
+    add("--report_to", default="tensorboard", help="trackers by commas (tensorboard, wandb, …), or none")
     lora = parser.add_argument_group("LoRA")
     lora.add_argument("--lora", action="store_true", help="train an adapter instead of all weights")
     lora.add_argument("--lora_r", type=int, default=8, help="rank")

@@ -45,6 +45,22 @@ def encode_samples(
     return samples, lengths
 
 
+def pack(rows: list[list[int]], labels: list[list[int]], ignore: int = IGNORE) -> dict[str, Any]:
+    """Samples end to end as one row of model inputs: `(1, tokens)` ids, labels and positions, and the samples' lengths.
+
+    The first token of a sample loses its label: nothing before it predicts it. The mask is a 4-D dummy, which
+    transformers hands through to `packing.packed_attention` as it is.
+    """
+    lengths = [len(row) for row in rows]
+    return {
+        "input_ids": torch.tensor([sum(rows, [])]),
+        "labels": torch.tensor([sum(([ignore] + row[1:] for row in labels), [])]),
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
+        "packed_lengths": lengths,
+    }
+
+
 def pad(rows: list[list[int]], value: int, left: bool = False) -> torch.Tensor:
     """Rows of different length as one int64 tensor (len(rows), longest)."""
     longest = max(map(len, rows))
@@ -54,23 +70,41 @@ def pad(rows: list[list[int]], value: int, left: bool = False) -> torch.Tensor:
 
 @dataclass
 class TrainCollator:
-    """A list of `{"prompt", "response"}` to `input_ids`, `attention_mask` and `labels`: int64 (batch, longest)."""
+    """A list of `{"prompt", "response"}` to `input_ids`, `attention_mask` and `labels`: int64 (batch, longest).
+
+    Args:
+        only_train_response: no label on the prompt.
+        packing: no padding, the samples end to end in one row (`packing.pack`).
+        tasks: task names; adds `tasks`, the position in it of each token's sample's task, in the shape of `labels`.
+    """
 
     tokenizer: Any
     max_length: int = 2048
     only_train_response: bool = False
+    packing: bool = False
+    tasks: list[str] | None = None
 
-    def __call__(self, samples: list[dict[str, str]]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: list[dict[str, str]]) -> dict[str, Any]:
         ids, lengths = encode_samples(
             self.tokenizer, [s["prompt"] for s in samples], [s["response"] for s in samples], self.max_length
         )
         if not self.only_train_response:
             lengths = [0] * len(ids)
-        return {
-            "input_ids": pad(ids, self.tokenizer.pad_token_id),
-            "attention_mask": pad([[1] * len(row) for row in ids], 0),
-            "labels": pad([[IGNORE] * n + row[n:] for row, n in zip(ids, lengths, strict=True)], IGNORE),
-        }
+        labels = [[IGNORE] * n + row[n:] for row, n in zip(ids, lengths, strict=True)]
+        if self.packing:
+            batch = pack(ids, labels, IGNORE)
+        else:
+            batch = {
+                "input_ids": pad(ids, self.tokenizer.pad_token_id),
+                "attention_mask": pad([[1] * len(row) for row in ids], 0),
+                "labels": pad(labels, IGNORE),
+            }
+        if self.tasks is not None:
+            tasks = torch.tensor([self.tasks.index(s["task"]) for s in samples])
+            sizes = torch.tensor([len(row) for row in ids])
+            packed = tasks.repeat_interleave(sizes)[None]
+            batch["tasks"] = packed if self.packing else tasks[:, None].expand(batch["labels"].shape)
+        return batch
 
 
 @dataclass

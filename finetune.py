@@ -13,22 +13,39 @@ hashes of the data), `train.log` and TensorBoard's files in `runs/`.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
+import logging
 import os
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from arguments import add_data, add_global, add_train, make_parser, parse_tasks
+from arguments import add_data, add_global, add_train, comma_list, make_parser, parse_tasks
 from collator import TrainCollator
 from data import TASKS, HistoryFormat, RecData, TrainSet, ValidSet, load_data
 from prompt import load_prompts
-from utils import UserError, is_main, run_main, say, set_seed, sha256, versions, world_size, write_json
+from utils import UserError, is_main, read_json, run_main, say, set_seed, sha256, versions, world_size, write_json
 
 PREPARED = "base_with_item_tokens"  # folder in output_dir, removed at the end
+
+
+def quiet() -> None:
+    """Silence what libraries say about themselves on every step, and progress bars where there is no terminal."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*past_key_values.*|.*use_cache=True.*|.*lr_scheduler.step.*")
+    for name in ("bitsandbytes", "DeepSpeed", "deepspeed", "accelerate", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -62,20 +79,15 @@ def start_processes(args: argparse.Namespace) -> None:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
         for name, value in alone.items():
             os.environ.setdefault(name, value)
-        import deepspeed
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it builds
+            import deepspeed
 
-        # before TrainingArguments: zero.Init would otherwise see a single process on a machine without CUDA
-        deepspeed.init_distributed(dist_backend="gloo" if cpu else "nccl", verbose=False)
+            # before TrainingArguments: zero.Init would otherwise see a single process on a machine without CUDA
+            deepspeed.init_distributed(dist_backend="gloo" if cpu else "nccl", verbose=False)
     elif world_size() > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo" if cpu else "nccl")
     if not cpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-
-
-def barrier() -> None:
-    """Wait for all processes."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
 
 
 def load_datasets(args: argparse.Namespace) -> tuple[RecData, TrainSet, ValidSet]:
@@ -115,10 +127,33 @@ def check_output(args: argparse.Namespace, folder: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def deepspeed_config(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The DeepSpeed configuration, its `auto` buckets and thresholds never below what a small model needs.
+
+    transformers derives them from the hidden size alone, so that a model of 128 dimensions would talk in crumbs of 16,384
+    numbers. From about 3,000 dimensions on these are transformers' own values.
+    """
+    if not args.deepspeed:
+        return None
+    config = read_json(args.deepspeed)
+    from transformers import AutoConfig
+
+    prepared = AutoConfig.from_pretrained(Path(args.output_dir) / PREPARED).get_text_config()
+    square, zero = prepared.hidden_size**2, config.get("zero_optimization", {})
+    values = {
+        "reduce_bucket_size": max(square, 10**7),
+        "stage3_prefetch_bucket_size": max(int(0.9 * square), 10**7),
+        "stage3_param_persistence_threshold": max(10 * prepared.hidden_size, 10**5),
+    }
+    zero.update({key: value for key, value in values.items() if zero.get(key) == "auto"})
+    return config
+
+
 def training_arguments(args: argparse.Namespace) -> Any:
     """transformers' TrainingArguments for our flags. Activates DeepSpeed: what is loaded after it may be partitioned."""
     from transformers import TrainingArguments
 
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(args.output_dir) / "runs"))
     return TrainingArguments(
         output_dir=args.output_dir,
         seed=args.seed,
@@ -136,21 +171,22 @@ def training_arguments(args: argparse.Namespace) -> Any:
         fp16=args.fp16,
         bf16=args.bf16,
         use_cpu=not torch.cuda.is_available(),
-        deepspeed=args.deepspeed,
-        gradient_checkpointing=args.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        deepspeed=deepspeed_config(args),
+        activation_checkpointing=args.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
         logging_steps=args.logging_step,
         eval_strategy=args.save_and_eval_strategy,
         save_strategy=args.save_and_eval_strategy,
         eval_steps=args.save_and_eval_steps,
         save_steps=args.save_and_eval_steps,
         eval_delay=1 if args.save_and_eval_strategy == "epoch" else 2000,
-        save_total_limit=5,
+        save_total_limit=args.save_total_limit,
         load_best_model_at_end=True,
-        prediction_loss_only=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False if world_size() > 1 else None,
-        report_to=[] if os.environ.get("WANDB_MODE") == "disabled" else "none",
+        report_to=comma_list(args.report_to),
         disable_tqdm=not (is_main() and sys.stderr.isatty()),
     )
 
@@ -199,17 +235,19 @@ def record(args: argparse.Namespace, data: RecData, train: TrainSet, valid: Vali
 def save_final(trainer: Any, tokenizer: Any, folder: Path, lora: bool) -> None:
     """Consolidate the trained weights into `folder` itself, whatever the DeepSpeed configuration gathers."""
     from modeling import full_state, save_model
+    from training import barrier
 
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     state = full_state(model)
     if is_main():
-        temporary = folder / ".final"
+        temporary, mode = folder / ".final", (folder / "run.json").stat().st_mode
         if lora:
             model.save_pretrained(temporary, state_dict=state, save_embedding_layers=False)
             tokenizer.save_pretrained(temporary)
         else:
             save_model(model, tokenizer, temporary, state)
         for path in sorted(temporary.iterdir(), key=lambda path: path.name.endswith("config.json")):
+            path.chmod(mode)  # safetensors makes its files private
             path.replace(folder / path.name)  # the configurations last: without them nothing loads
         temporary.rmdir()
         say(f"{folder}: the trained model")
@@ -218,12 +256,15 @@ def save_final(trainer: Any, tokenizer: Any, folder: Path, lora: bool) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    quiet()
     folder = Path(args.output_dir)
     start_processes(args)
     set_seed(args.seed)
     data, train_set, valid_set = load_datasets(args)
     say("training samples: " + ", ".join(f"{name} {n:,}" for name, n in train_set.counts().items()))
     check_output(args, folder)
+    from training import barrier
+
     barrier()
 
     prepared = folder / PREPARED
@@ -237,21 +278,35 @@ def main(argv: list[str] | None = None) -> None:
 
     training = training_arguments(args)
     model, tokenizer = load_trainable(args, prepared, training)
-    from transformers import Trainer
+    from transformers import PrinterCallback, ProgressCallback
 
     from modeling import parameter_report
+    from packing import PACKED
+    from training import Bar, Epochs, RecTrainer, RunLog
+
+    if args.packing:
+        model.set_attn_implementation(PACKED)
 
     say(parameter_report(model, len(data.item_tokens)))
     sample = train_set[0]
     say(f"first sample: {json.dumps(sample['prompt'] + sample['response'], ensure_ascii=False)[:600]}")
-    trainer = Trainer(
+    task_names = list(dict.fromkeys([*train_set.names, "seqrec"]))
+    trainer = RecTrainer(
         model=model,
+        tasks=task_names,
         args=training,
         train_dataset=train_set,
         eval_dataset=valid_set,
-        data_collator=TrainCollator(tokenizer, args.model_max_length, args.only_train_response),
+        data_collator=TrainCollator(
+            tokenizer, args.model_max_length, args.only_train_response, args.packing, task_names
+        ),
         processing_class=tokenizer,
+        callbacks=[Epochs(train_set), RunLog(folder / "train.log")],
     )
+    for chatty in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(chatty)
+    if sys.stderr.isatty():
+        trainer.add_callback(Bar)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     save_final(trainer, tokenizer, folder, args.lora)
     if is_main():

@@ -243,16 +243,21 @@ def load_for_test(
     return model.to(device).eval(), tokenizer
 
 
-def full_state(model: Any) -> dict[str, torch.Tensor] | None:
-    """All weights on the CPU of the main process (None elsewhere), gathered one by one where ZeRO-3 partitions them.
+def full_state(model: Any, only_trained: bool = False) -> dict[str, torch.Tensor] | None:
+    """The weights on the CPU of the main process (None elsewhere), gathered one by one where ZeRO-3 partitions them.
 
     Every process must call this.
+
+    Args:
+        only_trained: leave frozen parameters and buffers out.
     """
     state: dict[str, torch.Tensor] = {}
     tied = getattr(model, "_tied_weights_keys", None) or {}
     parameters = list(model.named_parameters(remove_duplicate=True)) + list(model.named_buffers())
     persistent = set(model.state_dict().keys())
     for name, tensor in parameters:
+        if only_trained and not tensor.requires_grad:
+            continue
         if name not in persistent or (name in tied and model.config.get_text_config().tie_word_embeddings):
             continue
         with _gathered(tensor):

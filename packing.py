@@ -1,0 +1,138 @@
+"""Train without padding and without logits nobody asked for: samples end to end in one row, and a head for labelled positions.
+
+Both change what is computed, never the result: `packed_attention` shows every token the tokens of its own sample only, and
+`LabelledHead` hands the vocabulary projection those positions alone that have a label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from collator import pack
+from utils import UserError
+
+PACKED = "packed_sdpa"  # the name of the attention in transformers' registry
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packed_lengths: list[int] | None = None,
+    sliding_window: int | None = None,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each sample of a packed row; without `packed_lengths`, torch's attention as usual.
+
+    Args:
+        query: `(1, heads, tokens, dim)`; `key` and `value` the same, perhaps with fewer heads.
+        packed_lengths: the tokens of each sample, in the row's order.
+        sliding_window: how many tokens back a token sees, if the layer limits that.
+
+    Returns:
+        `(1, tokens, heads, dim)`, and None for the weights.
+    """
+    if packed_lengths is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
+    more = {**more, "is_causal": True}
+    if query.device.type != "cpu":
+        return _padded_attention(module, query, key, value, packed_lengths, sliding_window, more), None
+    parts = []  # a call for each sample: no padding, no mask, and split() has a cheap backward
+    for q, k, v in zip(*(t.split(packed_lengths, dim=2) for t in (query, key, value)), strict=True):
+        parts.append(_causal(module, q, k, v, sliding_window, more))
+    return torch.cat(parts, dim=1), None
+
+
+def _causal(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, window: int | None, more: dict[str, Any]) -> Tensor:
+    length, mask = q.shape[2], None
+    if window is not None and length > window:
+        back = torch.arange(length, device=q.device)
+        back = back[:, None] - back[None, :]
+        mask = ((back >= 0) & (back < window))[None, None]
+    return sdpa_attention_forward(module, q, k, v, mask, **more)[0]
+
+
+def _padded_attention(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int | None, more: dict[str, Any]
+) -> Tensor:
+    """As `packed_attention`, in one call: samples side by side, padded on the right, where no token looks."""
+    longest, device = max(lengths), q.device
+    sizes = torch.tensor(lengths, device=device)
+    column = torch.arange(longest, device=device)[None, :]
+    real = column < sizes[:, None]
+    index = ((sizes.cumsum(0) - sizes)[:, None] + column).where(real, 0)
+    rows = [t[0][:, index].transpose(0, 1) for t in (q, k, v)]  # (samples, heads, longest, dim)
+    return _causal(module, *rows, window, more)[real][None]
+
+
+AttentionInterface.register(PACKED, packed_attention)
+AttentionMaskInterface.register(PACKED, sdpa_mask)  # for batches that are not packed
+
+
+class LabelledHead:
+    """Lets a model's output projection see, inside `only(...)`, the chosen positions and no others.
+
+    Args:
+        model: any causal LM (or PEFT's wrapper); its output embeddings are a module of their own, tied or not.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self._keep: Tensor | None = None
+        head = model.get_output_embeddings()
+        if head is None:
+            raise UserError(
+                f"{type(model).__name__} has no output embeddings: it is no causal LM that can be trained here"
+            )
+        head.register_forward_pre_hook(self._select)
+
+    def _select(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if self._keep is None:
+            return None
+        return (args[0][self._keep][None], *args[1:])
+
+    @contextmanager
+    def only(self, keep: Tensor) -> Iterator[None]:
+        """Within the block logits are `(1, keep.sum(), vocabulary)`: those where the bool `keep` (batch, length) is true."""
+        self._keep = keep
+        try:
+            yield
+        finally:
+            self._keep = None
+
+
+def check_packing(model: PreTrainedModel) -> None:
+    """Make sure that packed samples have the very logits they have alone.
+
+    Raises:
+        UserError: the architecture does not hand the samples' lengths to its attention, or mixes tokens elsewhere.
+    """
+    training, before = model.training, model.config._attn_implementation
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (3, 7, 5)]
+    batch = pack(rows, rows)
+    batch.pop("labels")
+    model.eval()
+    try:
+        with torch.no_grad():
+            alone = torch.cat([model(torch.tensor([row]), use_cache=False).logits for row in rows], dim=1).float()
+            model.set_attn_implementation(PACKED)
+            packed = model(**batch, use_cache=False).logits.float()
+        same = torch.allclose(alone, packed, atol=2e-2 if model.dtype != torch.float32 else 1e-3, rtol=1e-2)
+    except (TypeError, ValueError, RuntimeError, IndexError, KeyError):
+        same = False
+    finally:
+        model.set_attn_implementation(before)
+        model.train(training)
+    if not same:
+        raise UserError(f"--packing: {type(model).__name__} does not keep packed samples apart; leave the flag out")

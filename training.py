@@ -1,0 +1,299 @@
+"""The training loop's own parts: loss at labelled positions, validation, logging, checkpoints that are whole or absent.
+
+`RecTrainer` is transformers' `Trainer` (optimiser, schedule, DeepSpeed, DDP and accumulation are its own) with these replaced.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+from transformers import ProgressCallback, Trainer, TrainerCallback
+
+from collator import IGNORE
+from packing import LabelledHead
+from utils import UserError, is_main, rank, world_size
+
+PARTIAL = ".partial"
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The element-wise sum of `values` over all processes."""
+    if torch.distributed.is_initialized() and world_size() > 1:
+        torch.distributed.all_reduce(values)
+    return values
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory this process has had, in GiB: of the GPU if there is one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class RunLog(TrainerCallback):
+    """A readable line for every logging step, on standard output and in `train.log`, from the main process."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.began = time.time()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **more: Any) -> None:
+        """Write one line."""
+        if not is_main() or not logs or "train_runtime" in logs:
+            return
+        words = [f"step {state.global_step}/{state.max_steps}", f"epoch {state.epoch or 0:.2f}"]
+        shown = {"learning_rate": "lr", "grad_norm": "gradient", "tokens_per_second": "tokens/s", "memory_gib": "GiB"}
+        shown |= {"samples_per_second": "samples/s"}
+        for name, value in logs.items():
+            if name != "epoch" and isinstance(value, (int, float)):
+                words.append(f"{shown.get(name, name)} {value:.4g}")
+        minutes, seconds = divmod(int(time.time() - self.began), 60)
+        line = f"[{minutes:3d}:{seconds:02d}] " + "  ".join(words)
+        tqdm.write(line)
+        sys.stdout.flush()
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+class Bar(ProgressCallback):
+    """transformers' progress bar, without the raw figures that `RunLog` writes readably."""
+
+    def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Nothing."""
+
+
+class Epochs(TrainerCallback):
+    """Tells the training set which epoch begins, so that it draws that epoch's templates."""
+
+    def __init__(self, train_set: Any):
+        self.train_set = train_set
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """`state.epoch` counts whole and partial epochs; a resumed run begins inside one."""
+        self.train_set.set_epoch(int(state.epoch or 0))
+
+
+class RecTrainer(Trainer):
+    """A `Trainer` whose loss and evaluation know tasks and labelled positions, and whose checkpoints are atomic.
+
+    Args:
+        tasks: the names that the numbers in a batch's `tasks` stand for.
+        ranking: called with the model after each evaluation; its figures join the evaluation's.
+    """
+
+    def __init__(self, *args: Any, tasks: list[str], ranking: Any = None, **more: Any):
+        super().__init__(*args, **more)
+        self.tasks, self.ranking = tasks, ranking
+        self.model_accepts_loss_kwargs = True  # compute_loss divides by all labelled tokens of the step itself
+        self.head = LabelledHead(self.accelerator.unwrap_model(self.model))
+        self._sums = torch.zeros(len(tasks), 2, dtype=torch.float64)  # loss and labelled tokens since the last line
+        self._seen = torch.zeros(2, dtype=torch.float64)  # tokens and samples since the last line
+        self._clock = time.monotonic()
+
+    # ---- loss ----
+
+    def token_losses(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Cross-entropy (float32) of every labelled token of a batch, and its task's number, both `(labelled,)`.
+
+        The vocabulary projection is computed at those positions only.
+        """
+        batch = dict(batch)
+        labels, tasks = batch.pop("labels"), batch.pop("tasks")
+        keep = torch.zeros_like(labels, dtype=torch.bool)
+        keep[:, :-1] = labels[:, 1:] != IGNORE
+        with self.head.only(keep):
+            logits = model(**batch, use_cache=False).logits[0]
+        keep = keep[:, :-1]
+        return F.cross_entropy(logits.float(), labels[:, 1:][keep], reduction="none"), tasks[:, 1:][keep]
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """The mean over all labelled tokens of the optimiser's step, on all processes and accumulated batches."""
+        losses, tasks = self.token_losses(model, inputs)
+        self._count(inputs, losses.detach(), tasks)
+        if num_items_in_batch is None:
+            return losses.mean()
+        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return losses.sum() * scale / num_items_in_batch
+
+    def _count(self, inputs: dict[str, Any], losses: Tensor, tasks: Tensor) -> None:
+        self._sums = self._sums.to(losses.device)
+        self._sums[:, 0].index_add_(0, tasks, losses.double())
+        self._sums[:, 1] += torch.bincount(tasks, minlength=len(self.tasks))
+        lengths = inputs.get("packed_lengths")
+        if lengths:
+            self._seen += torch.tensor([sum(lengths), len(lengths)])
+        else:
+            mask = inputs["attention_mask"]
+            self._seen += torch.tensor([float(mask.sum()), len(mask)])
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add speed, memory and the loss of each task to the line of a logging step."""
+        if "loss" in logs:
+            sums, seen = sum_over_processes(self._sums.clone()), sum_over_processes(self._seen.to(self.args.device))
+            seconds = max(1e-9, time.monotonic() - self._clock)
+            logs["tokens_per_second"], logs["samples_per_second"] = (seen / seconds).tolist()
+            logs["memory_gib"] = peak_memory(self.args.device)
+            for name, (loss, count) in zip(self.tasks, sums.tolist(), strict=True):
+                if count:
+                    logs[f"loss_{name}"] = loss / count
+            self._sums.zero_()
+            self._seen = torch.zeros(2, dtype=torch.float64)
+            self._clock = time.monotonic()
+        super().log(logs, start_time)
+
+    # ---- evaluation ----
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Mean loss over the labelled tokens of the validation set, every sample exactly once, and by task."""
+        began = time.monotonic()
+        dataset, model = eval_dataset or self.eval_dataset, self.model_wrapped
+        training = model.training
+        model.eval()
+        sums = torch.zeros(len(self.tasks), 2, dtype=torch.float64, device=self.args.device)
+        size = self.args.eval_batch_size
+        # every process takes part in as many batches as the others: ZeRO-3 gathers weights together
+        for start in range(rank(), len(dataset) + rank(), size * world_size()):
+            numbers = range(start, len(dataset), world_size())[:size]
+            batch = self._prepare_inputs(self.data_collator([dataset[i] for i in numbers] or [dataset[0]]))
+            with torch.no_grad():
+                losses, tasks = self.token_losses(model, batch)
+            if numbers:
+                sums[:, 0].index_add_(0, tasks, losses.double())
+                sums[:, 1] += torch.bincount(tasks, minlength=len(self.tasks))
+        sums = sum_over_processes(sums)
+        metrics = {f"{metric_key_prefix}_loss": (sums[:, 0].sum() / sums[:, 1].sum()).item()}
+        if int((sums[:, 1] > 0).sum()) > 1:
+            for name, (loss, count) in zip(self.tasks, sums.tolist(), strict=True):
+                if count:
+                    metrics[f"{metric_key_prefix}_loss_{name}"] = loss / count
+        if self.ranking is not None:
+            metrics |= {
+                f"{metric_key_prefix}_{k}": v for k, v in self.ranking(self.accelerator.unwrap_model(model)).items()
+            }
+        metrics[f"{metric_key_prefix}_seconds"] = time.monotonic() - began
+        model.train(training)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._clock += time.monotonic() - began  # not part of the training's speed
+        return metrics
+
+    # ---- checkpoints ----
+
+    def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
+        """Write `checkpoint-N` under another name and rename it when all of it is there; then drop the oldest."""
+        name = f"checkpoint-{self.state.global_step}"
+        folder, final = Path(self.args.output_dir) / f".{name}{PARTIAL}", Path(self.args.output_dir) / name
+        if is_main():
+            check_space(folder.parent, checkpoint_bytes(self.model), f"{name} needs")
+            shutil.rmtree(folder, ignore_errors=True)
+        barrier()
+        folder.mkdir(parents=True, exist_ok=True)
+        with disk_full_is_said(folder):
+            self.save_model(str(folder), _internal_call=True)
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_scaler(str(folder))
+            self._save_rng_state(str(folder))
+            barrier()
+            if is_main():
+                self._finish_checkpoint(folder, final)
+        barrier()
+
+    def _finish_checkpoint(self, folder: Path, final: Path) -> None:
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        if best == final or best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        self.state.save_to_json(str(folder / "trainer_state.json"))
+        for path in folder.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        folder.rename(final)
+        kept = checkpoints(final.parent)
+        spare = [path for path in kept[:-1] if path != best]
+        for path in spare[: max(0, len(kept) - self.args.save_total_limit)]:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The model's part of a checkpoint: an adapter whole; full weights whole unless ZeRO-3 keeps them in its shards."""
+        from modeling import full_state
+
+        folder = Path(output_dir or self.args.output_dir)
+        peft = hasattr(self.model, "peft_config")
+        plugin = self.accelerator.state.deepspeed_plugin
+        in_shards = plugin is not None and plugin.zero_stage == 3 and not plugin.zero3_save_16bit_model
+        if not peft and not in_shards:
+            super().save_model(str(folder), _internal_call)
+            return
+        state = full_state(self.model, only_trained=True) if peft else None
+        if is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            if peft:
+                self.model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+            else:
+                self.model.config.save_pretrained(folder)
+            self.processing_class.save_pretrained(folder)
+            torch.save(self.args, folder / "training_args.bin")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete `checkpoint-N` folders, the oldest first. (A checkpoint gets its name when all of it is written.)"""
+    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return sorted((p for p in found if p.name[11:].isdigit()), key=lambda path: int(path.name[11:]))
+
+
+def checkpoint_bytes(model: Any) -> int:
+    """About how large a checkpoint is: weights, and AdamW's two moments and master weights of what trains."""
+    sizes = [getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad]
+    return 14 * sum(sizes)
+
+
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Refuse to write `needed` bytes where they do not fit.
+
+    Raises:
+        UserError: before anything was written or removed.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed * 1.05:
+        raise UserError(
+            f"{folder}: the disk is too full: {what} about {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
+            "nothing was removed or overwritten. Make room and go on with --resume_from_checkpoint auto"
+        )
+
+
+@contextmanager
+def disk_full_is_said(folder: Path) -> Any:
+    """Turn a write that failed for want of space into one line; what was half written goes, older files stay."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        full = getattr(error, "errno", None) == 28 or shutil.disk_usage(folder.parent).free < 2**20
+        shutil.rmtree(folder, ignore_errors=True)
+        if not full:
+            raise
+        raise UserError(
+            f"{folder.parent}: the disk is full; the checkpoint was not written, older ones are untouched. "
+            "Make room and go on with --resume_from_checkpoint auto"
+        ) from error
