@@ -7,6 +7,7 @@ every process then loads its part.
 from __future__ import annotations
 
 import contextlib
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,8 @@ def item_token_ids(tokenizer: Any, data: RecData) -> list[tuple[int, ...]]:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's text that says something."""
+    if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to load it all the same
+        return "a .bin file of it carries code, which was not run"
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -98,7 +101,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, **more: Any) 
     """
     try:
         return AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", trust_remote_code=False, **more)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise UserError(f"{path}: no model can be loaded ({first_line(error)})") from error
 
 
@@ -239,7 +242,10 @@ def load_for_test(
     model = load_model(base_model, dtype)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    model = PeftModel.from_pretrained(model, ckpt_path).merge_and_unload()
+    try:
+        model = PeftModel.from_pretrained(model, ckpt_path).merge_and_unload()
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{ckpt_path}: the adapter cannot be loaded ({first_line(error)})") from error
     return model.to(device).eval(), tokenizer
 
 

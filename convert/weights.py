@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import queue
+import re
 import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -87,11 +88,9 @@ def load_torch(path: Path) -> dict[str, torch.Tensor]:
                 raise
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        found = [word for word in str(error).replace("`", " ").split() if word.count(".") and word[0].isalpha()]
-        what = next((word for word in found if not word.startswith(("torch.", "http"))), "something else")
-        raise UserError(
-            f"{path}: holds more than tensors ({what.rstrip('.,')}) and could run code, so it was not read"
-        ) from None
+        found = re.search(r"(?:GLOBAL|class) `?([\w.]+\.\w+)", str(error))
+        what = f" ({found[1]})" if found else ""
+        raise UserError(f"{path}: holds more than tensors{what} and could run code, so it was not read") from None
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path}: not a readable torch file ({reason})") from None
