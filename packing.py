@@ -48,9 +48,11 @@ def packed_attention(
     if query.device.type != "cpu":
         return _padded_attention(module, query, key, value, packed_lengths, sliding_window, more), None
     parts = []  # a call for each sample: no padding, no mask, and split() has a cheap backward
-    for q, k, v in zip(*(t.split(packed_lengths, dim=2) for t in (query, key, value)), strict=True):
+    # torch's attention on the CPU is 2 to 3 times as slow in bfloat16 as in float32, conversions included
+    split = [t.float().split(packed_lengths, dim=2) for t in (query, key, value)]
+    for q, k, v in zip(*split, strict=True):
         parts.append(_causal(module, q, k, v, sliding_window, more))
-    return torch.cat(parts, dim=1), None
+    return torch.cat(parts, dim=1).to(query.dtype), None
 
 
 def _causal(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, window: int | None, more: dict[str, Any]) -> Tensor:
