@@ -3,6 +3,7 @@
     python index/main.py --data_path ./data/Games/Games.emb-llama-td.npy --ckpt_dir ./ckpt/index/Games \\
         --num_emb_list 256 256 256 256 --sk_epsilons 0 0 0 0.003 --batch_size 1024 --epochs 10000 \\
         --weight_decay 1e-4 --lr_scheduler_type linear
+    python index/main.py --preset fast --data_path F --ckpt_dir D                 # minutes instead of hours on a CPU
     python index/main.py --resume ./ckpt/index/Games/Nov-24-2026_10-00-00        # an interrupted run goes on
     torchrun --nproc_per_node=8 index/main.py --data_path …                       # the same result, shared work
 
@@ -27,10 +28,37 @@ from embeddings import Embeddings
 from figures import describe, index_figures
 from models.rqvae import RQVAE, RQVAEConfig
 from parallel import Processes
+from start import start
 from trainer import LEARNERS, Trainer
 
 # Flags that a resumed run may change without ceasing to be the same run.
 FREE_WHEN_RESUMED = {"resume", "data_path", "ckpt_dir", "device", "num_workers", "save_limit", "eval_step", "epochs"}
+
+
+# What --preset sets where no flag says otherwise; `sk_last` is the epsilon of the last level, 0 on the others.
+PRESETS = {
+    "paper": {
+        "num_emb_list": [256, 256, 256, 256],
+        "sk_last": 0.003,
+        "batch_size": 1024,
+        "epochs": 10_000,
+        "weight_decay": 1e-4,
+        "lr_scheduler_type": "linear",
+    },
+    "fast": {
+        "num_emb_list": [256, 256, 256, 256],
+        "sk_last": 0.003,
+        "batch_size": 256,
+        "epochs": 20,
+        "warmup_epochs": 1,
+        "eval_step": 5,
+        "weight_decay": 1e-4,
+        "lr_scheduler_type": "linear",
+        "start": "pca",
+        "kmeans_rows": "all",
+        "balance_rounds": 3,
+    },
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,6 +91,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--layers", type=int, nargs="+", default=widths, help="hidden widths of the encoder (2048 1024 512 256 128 64)")
     add("--save_limit", type=int, default=5, help="newest and best epoch checkpoints kept, each (5)")
     add("--ckpt_dir", default="", help="where the run's folder is made")
+    presets = "paper (its published settings) or fast (other start, smaller batches, 20 epochs); flags overrule it"
+    add("--preset", choices=PRESETS, help=presets)
+    starts = "encoder and decoder start at random weights or at the data's principal components (random)"
+    add("--start", choices=["random", "pca"], default="random", help=starts)
+    rows = "k-means sees the first batch, or all items before training (batch)"
+    add("--kmeans_rows", choices=["batch", "all"], default="batch", help=rows)
+    balance = "with --kmeans_rows all: balanced k-means rounds on levels with Sinkhorn (0)"
+    add("--balance_rounds", type=int, default=0, help=balance)
     add("--seed", type=int, default=2024, help="of everything random (2024)")
     add("--resume", default="", help="run folder or .pth to go on from; other flags come from there")
     return parser
@@ -76,8 +112,11 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, set[str]]:
     for action in silent._actions:
         action.default = argparse.SUPPRESS
     given = set(vars(silent.parse_args(argv)))
+    preset = PRESETS.get(args.preset, {})
+    for name in preset.keys() - given - {"sk_last"}:
+        setattr(args, name, preset[name])
     if args.sk_epsilons is None:
-        args.sk_epsilons = [0.0] * len(args.num_emb_list)
+        args.sk_epsilons = [0.0] * (len(args.num_emb_list) - 1) + [preset.get("sk_last", 0.0)]
     return args, given
 
 
@@ -88,7 +127,15 @@ def check(args: argparse.Namespace) -> None:
         UserError: with the first such flag.
     """
     least = {"epochs": 1, "batch_size": 1, "num_workers": 0, "eval_step": 1, "warmup_epochs": 0, "kmeans_iters": 1}
-    least |= {"sk_iters": 1, "e_dim": 1, "save_limit": 1, "weight_decay": 0, "beta": 0, "quant_loss_weight": 0}
+    least |= {
+        "balance_rounds": 0,
+        "sk_iters": 1,
+        "e_dim": 1,
+        "save_limit": 1,
+        "weight_decay": 0,
+        "beta": 0,
+        "quant_loss_weight": 0,
+    }
     for name, value in least.items():
         if not getattr(args, name) >= value:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least {value}")
@@ -100,6 +147,12 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--learner {args.learner}: unknown; one of {', '.join(LEARNERS)}")
     if min(args.num_emb_list) < 2 or min(args.layers) < 1:
         raise UserError("--num_emb_list needs two codes a level at least, --layers widths of 1 at least")
+    if len(args.num_emb_list) > 26:
+        raise UserError("--num_emb_list: 26 levels at most, a letter each")
+    if args.start == "pca" and (args.bn or min(args.layers) < 2):
+        raise UserError("--start pca: needs hidden layers of 2 units at least and no batch normalisation")
+    if args.kmeans_rows == "all" and not args.kmeans_init:
+        raise UserError("--kmeans_rows all: contradicts --kmeans_init False")
     if len(args.sk_epsilons) != len(args.num_emb_list):
         raise UserError(
             f"--sk_epsilons has {len(args.sk_epsilons)} values, --num_emb_list {len(args.num_emb_list)}; give one a level"
@@ -168,7 +221,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     set_seed(args.seed)
     embeddings = Embeddings(args.data_path, device)
     if content is None:
-        model = RQVAE(embeddings.dim, RQVAEConfig.from_args(args))
+        model = RQVAE(embeddings.dim, RQVAEConfig.from_args(args)).to(device)
+        pca, all_rows = args.start == "pca", args.kmeans_rows == "all"
+        start(model, embeddings, processes, components=pca, all_rows=all_rows, balance_rounds=args.balance_rounds)
     else:
         model = model_from_checkpoint(content, state)
         check_embeddings(model, content, embeddings)

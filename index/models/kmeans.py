@@ -10,8 +10,8 @@ from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 
 
-def kmeans_centers(rows: torch.Tensor, codes: int, iterations: int, seed: int) -> torch.Tensor:
-    """`codes` centres of `rows` (n, dim): k-means++, 10 starts, at most `iterations` rounds each.
+def kmeans_centers(rows: torch.Tensor, codes: int, iterations: int, seed: int, starts: int = 10) -> torch.Tensor:
+    """`codes` centres of `rows` (n, dim): k-means++, the best of `starts`, at most `iterations` rounds each.
 
     With fewer rows than codes, or fewer distinct ones, the centres left over repeat rows with a small jitter, so that
     they can part later.
@@ -24,7 +24,7 @@ def kmeans_centers(rows: torch.Tensor, codes: int, iterations: int, seed: int) -
     wanted = min(codes, len(distinct))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        found = KMeans(wanted, init="k-means++", n_init=10, max_iter=iterations, random_state=seed).fit(points)
+        found = KMeans(wanted, init="k-means++", n_init=starts, max_iter=iterations, random_state=seed).fit(points)
     centers = found.cluster_centers_
     if wanted < codes:
         generator = np.random.default_rng(seed)

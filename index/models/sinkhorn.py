@@ -22,7 +22,7 @@ def center_distances(distances: torch.Tensor) -> torch.Tensor:
     return (distances - middle) / amplitude
 
 
-def _log_potentials(log_kernel: torch.Tensor, rounds: int) -> tuple[torch.Tensor, torch.Tensor]:
+def log_potentials(log_kernel: torch.Tensor, rounds: int) -> tuple[torch.Tensor, torch.Tensor]:
     """log u (…, B) and log v (…, K) after `rounds` rounds, by log-sum-exp: finite for every finite kernel."""
     rows, codes = log_kernel.shape[-2:]
     log_v = log_kernel.new_zeros(*log_kernel.shape[:-2], codes)
@@ -33,10 +33,13 @@ def _log_potentials(log_kernel: torch.Tensor, rounds: int) -> tuple[torch.Tensor
     return log_u, log_v
 
 
-def _scaled_potentials(log_kernel: torch.Tensor, rounds: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same by matrix-vector products on the kernel itself: some ten times faster, not finite where it underflows."""
+def scaled_potentials(log_kernel: torch.Tensor, rounds: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The same by matrix-vector products on the kernel itself, much faster; None where its numbers could underflow."""
+    smallest = -math.log(torch.finfo(log_kernel.dtype).tiny)  # 708 for float64: exp(-708) is the last normal number
     rows, codes = log_kernel.shape[-2:]
     top = log_kernel.amax(-1, keepdim=True)
+    if (top - log_kernel.amin(-1, keepdim=True)).max() > 0.98 * smallest:
+        return None
     kernel = (log_kernel - top).exp()
     transposed = kernel.transpose(-1, -2)
     v = kernel.new_ones(*kernel.shape[:-2], codes, 1)
@@ -44,7 +47,12 @@ def _scaled_potentials(log_kernel: torch.Tensor, rounds: int) -> tuple[torch.Ten
     for _ in range(rounds):
         u = (1 / rows) / (kernel @ v)
         v = (1 / codes) / (transposed @ u)
-    return u.squeeze(-1).log() - top.squeeze(-1), v.squeeze(-1).log()
+    log_u, log_v = u.squeeze(-1).log(), v.squeeze(-1).log()
+    if not (
+        torch.maximum(log_u.abs().amax(), log_v.abs().amax()) < 0.9 * smallest
+    ):  # also where either is not a number
+        return None
+    return log_u - top.squeeze(-1), log_v
 
 
 def log_plan(distances: torch.Tensor, epsilon: float, rounds: int) -> torch.Tensor:
@@ -53,17 +61,13 @@ def log_plan(distances: torch.Tensor, epsilon: float, rounds: int) -> torch.Tens
     Args:
         distances: (…, B, K), centred as `center_distances` does; computed in its dtype (float64 for the paper's way).
         epsilon: weight of the entropy, above 0; smaller is closer to the exact assignment.
-        rounds: how many; the codes' totals are exactly 1/K after the last one, the rows' about 1/B.
+        rounds: how many, 1 at least; the codes' totals are exactly 1/K after the last one, the rows' about 1/B.
 
     Returns:
         (…, B, K), finite whatever epsilon is (entries of the plan itself may be too small for a float).
     """
     log_kernel = distances / -epsilon
-    if rounds < 1:
-        return log_kernel - torch.logsumexp(log_kernel.flatten(-2), dim=-1)[..., None, None]
-    log_u, log_v = _scaled_potentials(log_kernel, rounds)
-    if not (torch.isfinite(log_u).all() and torch.isfinite(log_v).all()):
-        log_u, log_v = _log_potentials(log_kernel, rounds)
+    log_u, log_v = scaled_potentials(log_kernel, rounds) or log_potentials(log_kernel, rounds)
     return log_kernel + log_u[..., :, None] + log_v[..., None, :]
 
 
