@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import io
 import json
 import logging
 import os
 import shutil
 import sys
+import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,19 @@ from data import TASKS, HistoryFormat, RecData, TrainSet, ValidSet, load_data
 from prompt import load_prompts
 from utils import UserError, is_main, read_json, run_main, say, set_seed, sha256, versions, world_size, write_json
 
+# flags that may differ when a run goes on; all others are its identity
+FREE_ON_RESUME = {
+    *(
+        "resume_from_checkpoint",
+        "overwrite_output_dir",
+        "output_dir",
+        "data_path",
+        "base_model",
+        "deepspeed",
+        "prompt_file",
+    ),
+    *("logging_step", "report_to", "save_total_limit", "gradient_checkpointing"),
+}
 PREPARED = "base_with_item_tokens"  # folder in output_dir, removed at the end
 
 
@@ -191,12 +207,18 @@ def training_arguments(args: argparse.Namespace) -> Any:
     )
 
 
-def load_trainable(args: argparse.Namespace, folder: Path, training: Any) -> tuple[Any, Any]:
-    """The model in float32 with the item tokens, as a whole or with an adapter, and its tokenizer."""
-    from modeling import attach_lora, load_model, load_tokenizer
+def load_trainable(
+    args: argparse.Namespace, folder: Path, training: Any, adapter: Path | None = None
+) -> tuple[Any, Any]:
+    """The model in float32 with the item tokens, as a whole or with an adapter (from `adapter`), and its tokenizer."""
+    from modeling import attach_lora, load_adapter, load_model, load_tokenizer
 
     tokenizer = load_tokenizer(folder, args.model_max_length)
-    more = {}
+    more: dict[str, Any] = {}
+    if args.packing:
+        import packing
+
+        more["attn_implementation"] = packing.PACKED
     if args.load_in_4bit or args.load_in_8bit:
         from transformers import BitsAndBytesConfig
 
@@ -210,7 +232,7 @@ def load_trainable(args: argparse.Namespace, folder: Path, training: Any) -> tup
     model = load_model(folder, torch.float32, **more)
     model.config.use_cache = False
     if args.lora:
-        if more:
+        if args.load_in_4bit or args.load_in_8bit:
             from peft import prepare_model_for_kbit_training
 
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
@@ -218,18 +240,100 @@ def load_trainable(args: argparse.Namespace, folder: Path, training: Any) -> tup
             model.enable_input_require_grads()
         zero3 = bool(args.deepspeed) and training.hf_deepspeed_config.is_zero3()
         model = attach_lora(model, args, zero3_bf16=zero3 and args.bf16)
+        model.peft_config["default"].base_model_name_or_path = args.base_model  # what test.py --lora is given
+        if adapter is not None:
+            load_adapter(model, adapter)
     return model, tokenizer
+
+
+def fingerprint(base_model: str) -> str:
+    """What tells one local base model from another: the hash of its configuration and its weights' names and sizes."""
+    folder = Path(base_model)
+    if not folder.is_dir():
+        return base_model
+    weights = sorted(
+        (p.name, p.stat().st_size) for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".gguf")
+    )
+    config = sha256(folder / "config.json") if (folder / "config.json").is_file() else ""
+    return hashlib.sha256(f"{config}{weights}".encode()).hexdigest()
 
 
 def record(args: argparse.Namespace, data: RecData, train: TrainSet, valid: ValidSet) -> dict[str, Any]:
     """What the run is made of, for `run.json`."""
+    files = dict(data.files)
+    for flag in ("prompt_file", "deepspeed"):
+        if getattr(args, flag):
+            files[flag] = Path(getattr(args, flag))
     return {
         "arguments": vars(args),
         "processes": world_size(),
+        "base_model": fingerprint(args.base_model),
         "samples": {"train": train.counts(), "valid": len(valid)},
-        "files": {name: {"path": str(path), "sha256": sha256(path)} for name, path in data.files.items()},
+        "files": {name: {"path": str(path), "sha256": sha256(path)} for name, path in files.items()},
         "versions": versions(),
     }
+
+
+def check_same_run(old: dict[str, Any], new: dict[str, Any], where: Path) -> None:
+    """Refuse to go on with a run whose data or settings have changed since.
+
+    Args:
+        old, new: what `record` gives.
+        where: the file that `old` comes from.
+
+    Raises:
+        UserError: names the first flag or file that differs.
+    """
+    for flag, value in new["arguments"].items():
+        before = old["arguments"].get(flag, value)
+        if flag not in FREE_ON_RESUME and before != value:
+            raise UserError(
+                f"--{flag} is {value!r}, but the run to go on with had {before!r} ({where}); "
+                "use the same command, or begin another run in another --output_dir"
+            )
+    if old["processes"] != new["processes"]:
+        raise UserError(f"{new['processes']} processes, but the run to go on with had {old['processes']} ({where})")
+    if old["base_model"] != new["base_model"]:
+        raise UserError(
+            f"--base_model {new['arguments']['base_model']} is not the model that the run began with ({where})"
+        )
+    if set(old["files"]) != set(new["files"]):
+        names = ", ".join(sorted(set(old["files"]) ^ set(new["files"])))
+        raise UserError(f"only one of the two runs uses {names} ({where}); use the same command, or begin anew")
+    for name, file in new["files"].items():
+        if old["files"][name]["sha256"] != file["sha256"]:
+            raise UserError(
+                f"{file['path']} has changed since the run began ({where}); put the old file back, or begin anew"
+            )
+
+
+def find_resume(args: argparse.Namespace, folder: Path) -> tuple[Path | None, Path | None]:
+    """The checkpoint to go on from, and the adapter to begin with, as `--resume_from_checkpoint` says (at most one of them).
+
+    Raises:
+        UserError: the path is neither, or the checkpoint would run foreign code when loaded.
+    """
+    from convert.scan import check_checkpoint
+    from training import checkpoints
+
+    if args.resume_from_checkpoint is None:
+        return None, None
+    if args.resume_from_checkpoint == "auto":
+        found = checkpoints(folder)
+        say(f"resuming from {found[-1]}" if found else f"{folder}: no checkpoint yet, starting from the beginning")
+        path = found[-1] if found else None
+    else:
+        path = Path(args.resume_from_checkpoint)
+        if args.lora and (path / "adapter_config.json").is_file() and not (path / "trainer_state.json").is_file():
+            return None, path
+        if not (path / "trainer_state.json").is_file():
+            raise UserError(
+                f"--resume_from_checkpoint {path}: neither a complete checkpoint-N folder (no trainer_state.json) "
+                "nor, with --lora, an adapter (no adapter_config.json)"
+            )
+    if path is not None:
+        check_checkpoint(path)
+    return path, None
 
 
 def save_final(trainer: Any, tokenizer: Any, folder: Path, lora: bool) -> None:
@@ -254,63 +358,107 @@ def save_final(trainer: Any, tokenizer: Any, folder: Path, lora: bool) -> None:
     barrier()
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+@dataclass
+class Run:
+    """Everything that a fine-tuning run is made of, ready to train."""
+
+    args: argparse.Namespace
+    folder: Path
+    data: RecData
+    train_set: TrainSet
+    valid_set: ValidSet
+    training: Any
+    model: Any
+    tokenizer: Any
+    trainer: Any
+    checkpoint: Path | None
+
+
+def prepare(args: argparse.Namespace) -> Run:
+    """Check the input, grow the base model's vocabulary, load the model on every process.
+
+    Raises:
+        UserError: whatever is wrong with files or flags, before anything expensive begins.
+    """
     quiet()
-    folder = Path(args.output_dir)
+    from modeling import parameter_report, prepare_base
+    from training import barrier
+
     start_processes(args)
     set_seed(args.seed)
+    folder = Path(args.output_dir)
     data, train_set, valid_set = load_datasets(args)
     say("training samples: " + ", ".join(f"{name} {n:,}" for name, n in train_set.counts().items()))
     check_output(args, folder)
-    from training import barrier
-
+    checkpoint, adapter = find_resume(args, folder)
+    facts = record(args, data, train_set, valid_set)
+    if checkpoint is not None and (checkpoint.parent / "run.json").is_file():
+        check_same_run(read_json(checkpoint.parent / "run.json"), facts, checkpoint.parent / "run.json")
     barrier()
-
-    prepared = folder / PREPARED
     if is_main():
-        from modeling import prepare_base
-
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "run.json", record(args, data, train_set, valid_set))
-        prepare_base(args.base_model, prepared, data.item_tokens, args.seed, args.model_max_length)
+        clear_partial(folder)
+        if checkpoint is None or not (folder / "run.json").is_file():
+            write_json(folder / "run.json", facts)
+        prepare_base(
+            args.base_model, folder / PREPARED, data.item_tokens, args.seed, args.model_max_length, args.packing
+        )
     barrier()
-
     training = training_arguments(args)
-    model, tokenizer = load_trainable(args, prepared, training)
-    from transformers import PrinterCallback, ProgressCallback
-
-    from modeling import parameter_report
-    from packing import PACKED
-    from training import Bar, Epochs, RecTrainer, RunLog
-
-    if args.packing:
-        model.set_attn_implementation(PACKED)
-
+    model, tokenizer = load_trainable(args, folder / PREPARED, training, adapter)
     say(parameter_report(model, len(data.item_tokens)))
     sample = train_set[0]
     say(f"first sample: {json.dumps(sample['prompt'] + sample['response'], ensure_ascii=False)[:600]}")
-    task_names = list(dict.fromkeys([*train_set.names, "seqrec"]))
+    run = Run(args, folder, data, train_set, valid_set, training, model, tokenizer, None, checkpoint)
+    run.trainer = make_trainer(run)
+    return run
+
+
+def make_trainer(run: Run) -> Any:
+    """The trainer, its collator and its log."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    from training import Bar, Epochs, RecTrainer, RunLog, check_space, checkpoint_bytes
+
+    check_space(run.folder, 2 * checkpoint_bytes(run.model), "a checkpoint and the final model need")
+    args, tasks = run.args, list(dict.fromkeys([*run.train_set.names, "seqrec"]))
     trainer = RecTrainer(
-        model=model,
-        tasks=task_names,
-        args=training,
-        train_dataset=train_set,
-        eval_dataset=valid_set,
+        model=run.model,
+        args=run.training,
+        tasks=tasks,
+        train_dataset=run.train_set,
+        eval_dataset=run.valid_set,
         data_collator=TrainCollator(
-            tokenizer, args.model_max_length, args.only_train_response, args.packing, task_names
+            run.tokenizer, args.model_max_length, args.only_train_response, args.packing, tasks
         ),
-        processing_class=tokenizer,
-        callbacks=[Epochs(train_set), RunLog(folder / "train.log")],
+        processing_class=run.tokenizer,
+        callbacks=[Epochs(run.train_set), RunLog(run.folder / "train.log")],
     )
     for chatty in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(chatty)
     if sys.stderr.isatty():
         trainer.add_callback(Bar)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    save_final(trainer, tokenizer, folder, args.lora)
+    return trainer
+
+
+def clear_partial(folder: Path) -> None:
+    """Remove what an earlier process was writing when it was killed."""
+    for path in [*folder.glob(".*.partial"), folder / ".final"]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    try:
+        run = prepare(args)
+        run.trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+        save_final(run.trainer, run.tokenizer, run.folder, args.lora)
+    except UserError:
+        if not is_main():  # let the main process say it; torchrun then ends the others
+            time.sleep(3)
+        raise
     if is_main():
-        shutil.rmtree(prepared)
+        shutil.rmtree(run.folder / PREPARED)
 
 
 if __name__ == "__main__":

@@ -127,10 +127,20 @@ def has_item_tokens(path: str | Path, tokens: list[str]) -> bool:
     return all(token in vocab for token in tokens)
 
 
-def prepare_base(base_model: str, target: Path, tokens: list[str], seed: int, model_max_length: int = 2048) -> None:
+def prepare_base(
+    base_model: str,
+    target: Path,
+    tokens: list[str],
+    seed: int,
+    model_max_length: int = 2048,
+    packing: bool = False,
+) -> None:
     """Write to `target` the base model with the item tokens added, in the base's own dtype.
 
     The new rows depend on `seed` alone. Run this on one process, before any ZeRO-3 context.
+
+    Args:
+        packing: make sure that the model keeps packed samples apart (`packing.check_packing`).
     """
     tokenizer = load_tokenizer(base_model, model_max_length)
     model = load_model(base_model)
@@ -138,6 +148,10 @@ def prepare_base(base_model: str, target: Path, tokens: list[str], seed: int, mo
     torch.manual_seed(seed)
     grow_vocabulary(model, tokenizer, new_ids)
     model.config.pad_token_id = tokenizer.pad_token_id
+    if packing:
+        from packing import check_packing
+
+        check_packing(model)
     save_model(model, tokenizer, target)
 
 
@@ -163,6 +177,33 @@ def attach_lora(model: PreTrainedModel, args: Any, zero3_bf16: bool = False) -> 
         return get_peft_model(model, config, autocast_adapter_dtype=not zero3_bf16)
     except ValueError as error:
         raise UserError(f"--lora_target_modules / --lora_modules_to_save: {first_line(error)}") from error
+
+
+def load_adapter(model: Any, path: str | Path) -> None:
+    """Give a PEFT model the weights of an adapter of the same shape (`adapter_model.safetensors`, or the older `.bin`).
+
+    Every process must call this; partitions of ZeRO-3 are gathered.
+
+    Raises:
+        UserError: there is no adapter, or it has other parts or shapes.
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    try:
+        weights = load_peft_weights(str(path), device="cpu")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no adapter can be loaded ({first_line(error)})") from error
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with _gathered(*trained, writes=True):
+        if is_main() or not any(hasattr(parameter, "ds_id") for parameter in trained):
+            try:
+                result = set_peft_model_state_dict(model, weights)
+            except RuntimeError as error:
+                raise UserError(f"{path}: the adapter does not fit ({first_line(error)})") from error
+            if result.unexpected_keys:
+                raise UserError(
+                    f"{path}: the adapter has {result.unexpected_keys[0]}, this run's has not; check --lora_*"
+                )
 
 
 def parameter_report(model: Any, n_new: int) -> str:
@@ -272,9 +313,11 @@ def full_state(model: Any, only_trained: bool = False) -> dict[str, torch.Tensor
     return state if is_main() else None
 
 
-def _gathered(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    if not hasattr(tensor, "ds_id"):
+def _gathered(*tensors: torch.Tensor, writes: bool = False) -> contextlib.AbstractContextManager:
+    """Whole tensors within the block where ZeRO-3 partitions them; with `writes` the main process's changes are kept."""
+    partitioned = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+    if not partitioned:
         return contextlib.nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters([tensor])
+    return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if writes else None)
