@@ -33,7 +33,7 @@ from convert.folder import (  # noqa: E402
     write_settings,
 )
 from convert.scan import check_checkpoint, is_plain_name  # noqa: E402
-from convert.weights import DTYPES, is_old_buffer, parse_size, row_blocks, write_weights  # noqa: E402
+from convert.weights import DTYPES, all_finite, is_old_buffer, parse_size, row_blocks, write_weights  # noqa: E402
 from utils import UserError, run_main, versions, write_json  # noqa: E402
 
 RUN_FILES = ("*.json", "train*")
@@ -95,8 +95,8 @@ def checked(name: str, blocks: Iterator[torch.Tensor], dtype: torch.dtype) -> It
             yield block
             continue
         cast = block.to(dtype)
-        if not torch.isfinite(cast).all():
-            if torch.isfinite(block).all():
+        if not all_finite(cast):
+            if all_finite(block):
                 raise UserError(f"{name}: {block.abs().max():.3g} is too large for {dtype}; use --dtype bfloat16")
             raise UserError(f"{name}: holds NaN or inf; the run diverged, take an earlier checkpoint")
         yield cast

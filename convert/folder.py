@@ -117,10 +117,7 @@ def load_config(folder: ModelFolder):  # noqa: ANN201  (a transformers config)
 
 def skeleton(config) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:  # noqa: ANN001
     """Names and shapes of the tensors a model of `config` has, and its tied names (alias → source), without memory."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model = _empty_model(config)
     ties = getattr(model, "_tied_weights_keys", None) or {}
     ties = dict(ties) if isinstance(ties, dict) and config.tie_word_embeddings else {}
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}, ties
@@ -128,12 +125,19 @@ def skeleton(config) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:  # no
 
 def embedding_names(config) -> tuple[str, str | None]:  # noqa: ANN001
     """The names of the input embedding and of the output layer's weight (None if the model has none)."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    model = _empty_model(config)
     names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
     return names[id(model.get_input_embeddings())], names.get(id(model.get_output_embeddings()))
+
+
+def _empty_model(config):  # noqa: ANN001, ANN202
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        raise UserError(f"not a causal language model: {str(error).strip().splitlines()[0]}") from None
 
 
 def load_tokenizer(folder: ModelFolder):  # noqa: ANN201  (a transformers tokenizer)

@@ -24,7 +24,7 @@ from tqdm import tqdm  # noqa: E402
 
 from convert.folder import TOKENIZER_FILES, ModelFolder, copy_files, find_model, new_folder, write_settings  # noqa: E402
 from convert.merge_delta import Plan, plan_merge  # noqa: E402
-from convert.weights import DTYPES, InputHashes, Weights, parse_size, write_weights  # noqa: E402
+from convert.weights import DTYPES, InputHashes, Weights, all_finite, parse_size, write_weights  # noqa: E402
 from utils import UserError, run_main, say, versions, write_json  # noqa: E402
 
 
@@ -53,9 +53,9 @@ def delta_blocks(
 
 
 def _refuse_infinite(name: str, result: torch.Tensor, target: torch.Tensor) -> None:
-    if torch.isfinite(result).all():
+    if all_finite(result):
         return
-    if not torch.isfinite(target).all():
+    if not all_finite(target):
         raise UserError(f"{name}: the target holds NaN or inf; the run diverged, take an earlier checkpoint")
     kind = str(result.dtype).removeprefix("torch.")
     raise UserError(f"{name}: the difference overflows {kind}; use --dtype bfloat16 or float32, also when merging")

@@ -39,6 +39,7 @@ from convert.weights import (  # noqa: E402
     DTYPES,
     InputHashes,
     Weights,
+    all_finite,
     is_old_buffer,
     parse_size,
     write_weights,
@@ -59,6 +60,8 @@ class Plan:
     shapes: dict[str, tuple[int, ...]]
     dropped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    ties: dict[str, str] = field(default_factory=dict)  # alias → the tensor it is tied to
+    embedding: str = ""
 
 
 def plan_merge(base: ModelFolder, delta: ModelFolder, b: Weights, d: Weights, dtype: torch.dtype) -> Plan:
@@ -76,24 +79,26 @@ def plan_merge(base: ModelFolder, delta: ModelFolder, b: Weights, d: Weights, dt
     embedding, head = embedding_names(config)
     names = [name for name in d if not is_old_buffer(name)]
     dropped = sorted({name for side in (b, d) for name in side if is_old_buffer(name)})
-    plan = Plan(config, dtype, {}, {name: d.entries[name].shape for name in names}, dropped)
+    plan = Plan(config, dtype, {}, {name: d.entries[name].shape for name in names}, dropped, embedding=embedding)
     if embedding not in d:
         raise UserError(f"{delta.path}: lacks {embedding}")
     plan.config.vocab_size = d.entries[embedding].shape[0]
-    wanted, ties = skeleton(plan.config)
+    wanted, plan.ties = skeleton(plan.config)
     for name in names:
         source = (
-            name if name in b else ties.get(name) or (embedding if name == head and _is_tied(base_config) else None)
+            name
+            if name in b
+            else plan.ties.get(name) or (embedding if name == head and _is_tied(base_config) else None)
         )
         if source is None or source not in b:
             raise UserError(f"{base.path}: lacks {name}, which the delta has; it is a delta of another base")
         plan.base_of[name] = _same_or_grown(name, b.entries[source].shape, plan.shapes[name], (embedding, head), source)
     for name in b:
-        if name not in d and not is_old_buffer(name) and name not in ties:
+        if name not in d and not is_old_buffer(name) and name not in plan.ties:
             raise UserError(
                 f"{delta.path}: lacks {name}, which the base has; the delta is incomplete or of another base"
             )
-    _check_target(plan, wanted, ties, delta.path)
+    _check_target(plan, wanted, delta.path)
     if dropped:
         plan.notes.append(f"{len(dropped)} buffers that models now compute were dropped ({dropped[0]} …)")
     return plan
@@ -108,7 +113,7 @@ def check_related(plan: Plan, b: Weights, d: Weights) -> None:
     Raises:
         UserError: the cosine of the two is under `LEAST_COSINE`.
     """
-    embedding, _ = embedding_names(plan.config)
+    embedding = plan.embedding
     if plan.base_of.get(embedding) is not None:
         return
     products = torch.zeros(3, dtype=torch.float64)
@@ -139,8 +144,9 @@ def _same_or_grown(
     raise UserError(f"{name}: the delta has the shape {list(delta)}, the base {list(base)}; it is of another base")
 
 
-def _check_target(plan: Plan, wanted: dict[str, tuple[int, ...]], ties: dict[str, str], place: Path) -> None:
+def _check_target(plan: Plan, wanted: dict[str, tuple[int, ...]], place: Path) -> None:
     """The target must be what its configuration describes, tied names aside."""
+    ties = plan.ties
     for name, shape in wanted.items():
         if name not in plan.shapes and name not in ties:
             raise UserError(f"{place}: lacks {name}, which the model of its config.json has")
@@ -170,10 +176,10 @@ def merged_blocks(name: str, plan: Plan, b: Weights, d: Weights) -> Iterator[tor
 
 
 def _finite(name: str, total: torch.Tensor, delta: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
-    if torch.isfinite(total).all():
+    if all_finite(total):
         return total
     for side, block in (("delta", delta), ("base", base)):
-        if block is not None and not torch.isfinite(block).all():
+        if block is not None and not all_finite(block):
             raise UserError(f"{name}: the {side} holds NaN or inf; download it again")
     kind = str(total.dtype).removeprefix("torch.")
     raise UserError(f"{name}: the sum overflows {kind}; use --dtype bfloat16 or float32")
@@ -194,9 +200,8 @@ def merge(
     if not any_base:
         check_related(plan, b, d)
     rows = plan.config.vocab_size
-    tokens = check_item_tokens(delta, base, rows, b.entries[embedding_names(plan.config)[0]].shape[0])
-    _, ties = skeleton(plan.config)
-    written = {name: (shape, dtype) for name, shape in plan.shapes.items() if name not in ties}
+    tokens = check_item_tokens(delta, base, rows, b.entries[plan.embedding].shape[0])
+    written = {name: (shape, dtype) for name, shape in plan.shapes.items() if name not in plan.ties}
     with new_folder(target, overwrite) as partial, InputHashes({"base": b.files, "delta": d.files}) as inputs:
         copy_files(delta, partial, (*TOKENIZER_FILES, "generation_config.json"))
         bar = tqdm(written, unit="tensor", disable=None)
@@ -208,7 +213,7 @@ def merge(
 
         outputs = write_weights(partial, written, blocks, max_shard_bytes)
         bar.close()
-        _check_ties(plan, ties, b, d)
+        _check_ties(plan, b, d)
         report = build_report(plan, written, b, d, inputs.result(), outputs, tokens)
         write_json(partial / "merge_report.json", report)
         plan.config.dtype = dtype
@@ -216,9 +221,9 @@ def merge(
     return report
 
 
-def _check_ties(plan: Plan, ties: dict[str, str], b: Weights, d: Weights) -> None:
+def _check_ties(plan: Plan, b: Weights, d: Weights) -> None:
     """A tensor that config.json ties to another is not stored again; it must be equal to it."""
-    for alias, source in ties.items():
+    for alias, source in plan.ties.items():
         if alias not in plan.shapes:
             continue
         pairs = zip(merged_blocks(alias, plan, b, d), merged_blocks(source, plan, b, d), strict=True)

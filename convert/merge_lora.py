@@ -39,6 +39,7 @@ from convert.weights import (  # noqa: E402
     DTYPES,
     InputHashes,
     Weights,
+    all_finite,
     is_old_buffer,
     parse_size,
     row_blocks,
@@ -151,7 +152,7 @@ def lora_blocks(name: str, adapter: Adapter, base: Weights, dtype: torch.dtype) 
         blocks = base.blocks(name)
     for block in blocks:
         result = block.to(dtype) if block.is_floating_point() else block
-        if result.is_floating_point() and not torch.isfinite(result).all():
+        if result.is_floating_point() and not all_finite(result):
             raise UserError(f"{name}: NaN or inf in {str(dtype).removeprefix('torch.')}; check the adapter, or --dtype")
         yield result
 
