@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -24,9 +25,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
-
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 from utils import run_main, versions  # noqa: E402
 
@@ -50,6 +48,7 @@ save_file(delta, Path(sys.argv[3]) / "model.safetensors")
 
 def make_inputs(folder: Path, hidden: int, layers: int, shards: int) -> None:
     """Write `folder`/base and `folder`/delta: sharded .bin in float16, random weights, 1,024 item tokens more."""
+    import torch
     from convert_parts import save_word_tokenizer
     from transformers import LlamaConfig
 
@@ -65,6 +64,9 @@ def make_inputs(folder: Path, hidden: int, layers: int, shards: int) -> None:
 
 
 def _write_shards(path: Path, config: object, shards: int) -> None:
+    import torch
+    from tqdm import tqdm
+
     from convert.folder import skeleton
 
     shapes = list(skeleton(config)[0].items())
@@ -78,8 +80,10 @@ def _write_shards(path: Path, config: object, shards: int) -> None:
     (path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def _random(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+def _random(name: str, shape: tuple[int, ...]):  # noqa: ANN202
     """The same numbers for the same name: the first rows of base and delta agree, as embeddings do."""
+    import torch
+
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     rows = min(shape[0], 32_000)
     first = torch.randn((rows, *shape[1:]), generator=generator)
@@ -122,7 +126,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
-        make_inputs(folder, args.hidden, args.layers, args.shards)
+        # in a process of its own: a child's peak memory counts from its parent's size
+        worker = multiprocessing.get_context("spawn").Process(
+            target=make_inputs, args=(folder, args.hidden, args.layers, args.shards)
+        )
+        worker.start()
+        worker.join()
         size = sum(path.stat().st_size for path in folder.rglob("*.bin")) / 2**30
         print(f"base and delta: {size:.2f} GB in {2 * args.shards} files; {versions('torch', 'safetensors')}")
         seconds: dict[str, list[float]] = {}

@@ -32,6 +32,7 @@ TOKENIZER_FILES = (
     "sentencepiece*.model",
     "chat_template*",
 )
+UNFINISHED = "config.json.partial"
 SETTINGS = ("config.json", "generation_config.json")
 # On the hub a repository may also hold the authors' own format (consolidated*) and other precisions in folders.
 HUB_PATTERNS = (*SETTINGS, *TOKENIZER_FILES, "adapter_config.json", "README.md", "*.index.json")
@@ -223,16 +224,17 @@ def copy_files(source: ModelFolder, target: Path, patterns: tuple[str, ...]) -> 
 
 @contextlib.contextmanager
 def new_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to fill, which becomes `target` when the block ends well.
+    """A folder to fill, which becomes `target` when the block ends well, and is removed when it does not.
 
-    It is `.<target>.partial` beside it until then, and its `config.json` (without which nothing loads a folder) is
-    moved in last: write it as `config.json.partial` (`write_settings` does). After a crash the next call clears up.
+    It is `.<target>.partial` beside it until then. Nothing loads a folder without `config.json`: write that file with
+    `write_settings`; it gets its name last, when `target` is in place. What a killed process left is cleared up by the
+    next call.
 
     Raises:
-        UserError: `target` exists and `overwrite` is false, or another process is writing it now.
+        UserError: `target` exists and `overwrite` is false, another process is writing it, or the disk is full.
     """
     target = Path(target)
-    partial, old = (target.parent / f".{target.name}.{ending}" for ending in ("partial", "old"))
+    partial = _beside(target, "partial")
     _refuse_existing(target, overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -240,14 +242,13 @@ def new_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"{target}: cannot be made ({error.strerror})") from None
     with _locked(partial, target):
-        if old.exists() and not target.exists():  # killed between the two renames of an overwrite
-            old.rename(target)
-            _refuse_existing(target, overwrite)
+        _recover(target)
+        _refuse_existing(target, overwrite)
         for path in partial.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         try:
             yield partial
-            _commit(partial, target, old)
+            _commit(partial, target)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise UserError(f"{target}: cannot be written ({error.strerror}); nothing was left there") from None
@@ -256,39 +257,62 @@ def new_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
             raise
 
 
+def _beside(target: Path, ending: str) -> Path:
+    return target.parent / f".{target.name}.{ending}"
+
+
+def _is_unfinished(target: Path) -> bool:
+    """True for a folder whose writer was killed between its two last steps."""
+    return (target / UNFINISHED).is_file() and not (target / "config.json").exists()
+
+
 def _refuse_existing(target: Path, overwrite: bool) -> None:
     if target.exists() and not target.is_dir():
         raise UserError(f"{target}: a file is in the way; choose another folder")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
+    if target.is_dir() and any(target.iterdir()) and not overwrite and not _is_unfinished(target):
         raise UserError(f"{target}: exists; choose another folder or add --overwrite")
 
 
 @contextlib.contextmanager
 def _locked(partial: Path, target: Path) -> Iterator[None]:
-    handle = os.open(partial, os.O_RDONLY)
+    """Hold `partial` for this process; the lock goes with the process, however it ends."""
+    busy = UserError(f"{target}: another process is writing it now; wait for it")
+    try:
+        handle = os.open(partial, os.O_RDONLY)
+    except FileNotFoundError:  # the other one has just finished
+        raise busy from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        raise UserError(f"{target}: another process is writing it now; wait for it") from None
-    try:
+        if not partial.exists() or os.fstat(handle).st_ino != partial.stat().st_ino:
+            raise busy
         yield
+    except BlockingIOError:
+        raise busy from None
     finally:
         os.close(handle)
 
 
-def _commit(partial: Path, target: Path, old: Path) -> None:
-    settings = partial / "config.json.partial"
-    if settings.exists():
-        settings.rename(partial / "config.json")
+def _recover(target: Path) -> None:
+    """Undo what a killed process left: a target without its last step, an old one that was moved aside."""
+    old = _beside(target, "old")
+    if _is_unfinished(target):
+        shutil.rmtree(target)
+    if old.exists() and not target.exists():
+        old.rename(target)
+
+
+def _commit(partial: Path, target: Path) -> None:
+    old = _beside(target, "old")
     if target.exists():
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
     partial.rename(target)
+    if (target / UNFINISHED).exists():
+        (target / UNFINISHED).rename(target / "config.json")
     shutil.rmtree(old, ignore_errors=True)
 
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Write the model's settings under the name that `new_folder` turns into `config.json` at the end."""
+    """Write the model's settings under the name that `new_folder` turns into `config.json` at the very end."""
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-    (folder / "config.json.partial").write_text(text, encoding="utf-8")
+    (folder / UNFINISHED).write_text(text, encoding="utf-8")
