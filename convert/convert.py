@@ -13,9 +13,11 @@ import argparse
 import contextlib
 import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a script: the root instead of this folder, whose names would shadow others
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -23,6 +25,7 @@ if not __package__:  # run as a script: the root instead of this folder, whose n
 import torch  # noqa: E402
 
 from convert.folder import (  # noqa: E402
+    LOADERS,
     TOKENIZER_FILES,
     ModelFolder,
     copy_files,
@@ -33,7 +36,7 @@ from convert.folder import (  # noqa: E402
     write_settings,
 )
 from convert.scan import check_checkpoint, is_plain_name  # noqa: E402
-from convert.weights import DTYPES, all_finite, is_old_buffer, parse_size, row_blocks, write_weights  # noqa: E402
+from convert.weights import DTYPES, Weights, all_finite, is_old_buffer, parse_size, row_blocks, write_weights  # noqa: E402
 from utils import UserError, run_main, versions, write_json  # noqa: E402
 
 RUN_FILES = ("*.json", "train*")
@@ -52,8 +55,12 @@ def shard_folder(source: Path) -> Path | None:
     return source / tag
 
 
-def consolidate(source: Path) -> dict[str, torch.Tensor]:
+def consolidate(source: Path, trained_only: bool = False) -> dict[str, torch.Tensor]:
     """The float32 weights of a DeepSpeed checkpoint, as tensors or DeepSpeed's lazily gathered ones (`.contiguous()`).
+
+    Args:
+        source: checkpoint-N, with `latest` and the folder of shards that it names.
+        trained_only: leave out frozen parameters.
 
     Raises:
         UserError: its pickles would import foreign code, or shards are missing or damaged.
@@ -64,7 +71,9 @@ def consolidate(source: Path) -> dict[str, torch.Tensor]:
 
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            return get_fp32_state_dict_from_zero_checkpoint(str(source), tag=shard_folder(source).name, lazy_mode=True)
+            return get_fp32_state_dict_from_zero_checkpoint(
+                str(source), shard_folder(source).name, exclude_frozen_parameters=trained_only, lazy_mode=True
+            )
     except (ValueError, KeyError, RuntimeError, EOFError, OSError, NotImplementedError) as error:
         raise UserError(f"{source}: DeepSpeed cannot put its shards together ({str(error).splitlines()[0]})") from None
 
@@ -73,10 +82,10 @@ Reader = Callable[[str], Iterator[torch.Tensor]]
 Specs = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
-def open_source(folder: ModelFolder) -> tuple[Specs, Reader]:
+def open_source(folder: ModelFolder, trained_only: bool = False) -> tuple[Specs, Reader]:
     """Names with (shape, type), and a reader of blocks, of a DeepSpeed checkpoint or a plain model folder."""
     if shard_folder(folder.path):
-        state = consolidate(folder.path)
+        state = consolidate(folder.path, trained_only)
 
         def read(name: str) -> Iterator[torch.Tensor]:
             tensor = state[name].contiguous()
@@ -103,25 +112,62 @@ def checked(name: str, blocks: Iterator[torch.Tensor], dtype: torch.dtype) -> It
 
 
 def convert(source: ModelFolder, target: Path, dtype: torch.dtype, max_shard_bytes: int, overwrite: bool) -> int:
-    """Write the model of `source` to `target` in `dtype`; the number of tensors written."""
+    """Write the model, or the LoRA adapter, of `source` to `target` in `dtype`; the number of tensors written."""
+    if source.has("adapter_config.json") and not source.has("config.json"):
+        specs, read, settings = _adapter(source)
+        stem, loader = "adapter_model", "adapter_config.json"
+    else:
+        specs, read, settings = _model(source, dtype)
+        stem, loader = "model", "config.json"
+    specs = {name: (shape, dtype if kind.is_floating_point else kind) for name, (shape, kind) in specs.items()}
+
+    def blocks(name: str) -> Iterator[torch.Tensor]:
+        return checked(f"{source.path}: {name}", read(name), dtype)
+
+    with new_folder(target, overwrite) as partial:
+        copy_run_files(source, partial)
+        size = max_shard_bytes if stem == "model" else sys.maxsize  # peft reads one file only
+        digests = write_weights(partial, specs, blocks, size, stem)
+        report = {"source": source.path.name, "dtype": str(dtype), "sha256": digests, "versions": versions()}
+        write_json(partial / "convert_report.json", report)
+        write_settings(partial, settings, loader)
+    return len(specs)
+
+
+def copy_run_files(source: ModelFolder, target: Path) -> None:
+    """Copy the run's JSON, `tokenizer*` and `train*` files of a checkpoint; what it lacks comes from the run's folder.
+
+    Not the files that say how weights are stored: those are written anew.
+    """
+    run = ModelFolder(source.path.resolve().parent, source.allowed.parent)
+    sides = [run, source] if re.fullmatch(r"checkpoint-\d+", source.path.resolve().name) else [source]
+    for side in sides:
+        copy_files(side, target, (*TOKENIZER_FILES, *RUN_FILES))
+        for path in (*target.glob("*.index.json"), *(target / name for name in LOADERS)):
+            path.unlink(missing_ok=True)
+
+
+def _model(source: ModelFolder, dtype: torch.dtype) -> tuple[Specs, Reader, dict[str, Any]]:
     config = load_config(source)
     specs, read = open_source(source)
     wanted, ties = skeleton(config)
     specs = {name: spec for name, spec in specs.items() if not is_old_buffer(name) and name not in ties}
     check_names(specs, wanted, ties, source.path)
     config.dtype = dtype
-    with new_folder(target, overwrite) as partial:
-        copy_files(source, partial, (*TOKENIZER_FILES, *RUN_FILES))
-        for name in ("config.json", *(path.name for path in partial.glob("*.index.json"))):
-            (partial / name).unlink(missing_ok=True)
-        specs = {name: (shape, dtype if kind.is_floating_point else kind) for name, (shape, kind) in specs.items()}
-        digests = write_weights(
-            partial, specs, lambda name: checked(f"{source.path}: {name}", read(name), dtype), max_shard_bytes
-        )
-        report = {"source": source.path.name, "dtype": str(dtype), "sha256": digests, "versions": versions()}
-        write_json(partial / "convert_report.json", report)
-        write_settings(partial, config.to_diff_dict())
-    return len(specs)
+    return specs, read, config.to_diff_dict()
+
+
+def _adapter(source: ModelFolder) -> tuple[Specs, Reader, dict[str, Any]]:
+    """The trained parameters of a run with LoRA, under the names in which peft saves them."""
+    settings = source.json("adapter_config.json")
+    if not shard_folder(source.path):
+        weights = Weights(source.path, source.allowed, ("adapter_model",))
+        return {name: (entry.shape, entry.dtype) for name, entry in weights.entries.items()}, weights.blocks, settings
+    state, read = open_source(source, trained_only=True)
+    stored = {name.replace(".modules_to_save.default.", ".").replace(".default.", "."): name for name in state}
+    if not any(".lora_" in name for name in stored):
+        raise UserError(f"{source.path}: has an adapter_config.json, but its shards hold no LoRA weights")
+    return {name: state[full] for name, full in stored.items()}, lambda name: read(stored[name]), settings
 
 
 def check_names(specs: Specs, wanted: dict[str, tuple[int, ...]], ties: dict[str, str], place: Path) -> None:

@@ -34,7 +34,7 @@ if [[ -z $found ]]; then
 fi
 
 python=${PYTHON:-python}
-[[ -z ${PYTHON:-} && -x $root/.venv/bin/python ]] && python=$root/.venv/bin/python
+[[ -z ${PYTHON:-}${VIRTUAL_ENV:-} && -x $root/.venv/bin/python ]] && python=$root/.venv/bin/python
 
 status=0
 for source in "$found"/checkpoint-*/; do
@@ -42,7 +42,7 @@ for source in "$found"/checkpoint-*/; do
     name=${source##*/}
     [[ $name =~ ^checkpoint-[0-9]+$ ]] || continue
     target=$found/final-$name
-    if [[ -f $target/config.json ]]; then
+    if [[ -f $target/config.json || -f $target/adapter_config.json ]]; then
         echo "$target: is there, skipped"
         continue
     fi

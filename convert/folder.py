@@ -32,7 +32,7 @@ TOKENIZER_FILES = (
     "sentencepiece*.model",
     "chat_template*",
 )
-UNFINISHED = "config.json.partial"
+LOADERS = ("config.json", "adapter_config.json")  # without one of them nothing loads a folder
 SETTINGS = ("config.json", "generation_config.json")
 # On the hub a repository may also hold the authors' own format (consolidated*) and other precisions in folders.
 HUB_PATTERNS = (*SETTINGS, *TOKENIZER_FILES, "adapter_config.json", "README.md", "*.index.json")
@@ -226,9 +226,9 @@ def copy_files(source: ModelFolder, target: Path, patterns: tuple[str, ...]) -> 
 def new_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder to fill, which becomes `target` when the block ends well, and is removed when it does not.
 
-    It is `.<target>.partial` beside it until then. Nothing loads a folder without `config.json`: write that file with
-    `write_settings`; it gets its name last, when `target` is in place. What a killed process left is cleared up by the
-    next call.
+    It is `.<target>.partial` beside it until then. Nothing loads a folder without `config.json` (an adapter's:
+    `adapter_config.json`): write that file with `write_settings`; it gets its name last, when `target` is in place.
+    What a killed process left is cleared up by the next call.
 
     Raises:
         UserError: `target` exists and `overwrite` is false, another process is writing it, or the disk is full.
@@ -263,7 +263,7 @@ def _beside(target: Path, ending: str) -> Path:
 
 def _is_unfinished(target: Path) -> bool:
     """True for a folder whose writer was killed between its two last steps."""
-    return (target / UNFINISHED).is_file() and not (target / "config.json").exists()
+    return any((target / f"{name}.partial").is_file() and not (target / name).exists() for name in LOADERS)
 
 
 def _refuse_existing(target: Path, overwrite: bool) -> None:
@@ -307,12 +307,13 @@ def _commit(partial: Path, target: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
     partial.rename(target)
-    if (target / UNFINISHED).exists():
-        (target / UNFINISHED).rename(target / "config.json")
+    for name in LOADERS:
+        if (target / f"{name}.partial").exists():
+            (target / f"{name}.partial").rename(target / name)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Write the model's settings under the name that `new_folder` turns into `config.json` at the very end."""
+def write_settings(folder: Path, settings: dict[str, Any], name: str = "config.json") -> None:
+    """Write `name`, one of `LOADERS`, under another name, which `new_folder` turns into `name` at the very end."""
     text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-    (folder / UNFINISHED).write_text(text, encoding="utf-8")
+    (folder / f"{name}.partial").write_text(text, encoding="utf-8")

@@ -10,7 +10,6 @@ the size of the model. Everything is checked; the target folder appears only whe
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -288,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
         say(f"note: {note}")
     say(
         f"{target}: {done.count('summed')} tensors summed, {done.count('copied whole')} copied whole, "
-        f"{report['item_tokens']} item tokens; see {json.dumps(str(target / 'merge_report.json'))[1:-1]}"
+        f"{report['item_tokens']} item tokens; see {target / 'merge_report.json'}"
     )
 
 
