@@ -98,6 +98,10 @@ def start_processes(args: argparse.Namespace) -> None:
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it builds
             import deepspeed
 
+            if cpu:
+                # an all-reduce in C++, compiled on the first run: ZeRO has no use for it, it needs a compiler, and a process
+                # that is killed while it compiles leaves a lock on which every later run waits for ever
+                deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             # before TrainingArguments: zero.Init would otherwise see a single process on a machine without CUDA
             deepspeed.init_distributed(dist_backend="gloo" if cpu else "nccl", verbose=False)
     elif world_size() > 1 and not torch.distributed.is_initialized():

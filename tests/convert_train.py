@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--tied", action="store_true")
     parser.add_argument("--lora", action="store_true")
     args = parser.parse_args()
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # see finetune.py
     deepspeed.init_distributed(dist_backend="gloo")
     settings = {
         "train_micro_batch_size_per_gpu": "auto",
