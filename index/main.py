@@ -56,7 +56,7 @@ PRESETS = {
         "lr_scheduler_type": "linear",
         "start": "pca",
         "kmeans_rows": "all",
-        "balance_rounds": 3,
+        "balance_rounds": 1,
     },
 }
 
@@ -97,7 +97,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--start", choices=["random", "pca"], default="random", help=starts)
     rows = "k-means sees the first batch, or all items before training (batch)"
     add("--kmeans_rows", choices=["batch", "all"], default="batch", help=rows)
-    balance = "with --kmeans_rows all: balanced k-means rounds on levels with Sinkhorn (0)"
+    balance = (
+        "balanced k-means rounds on the later half of the levels, before (--kmeans_rows all) and after training (0)"
+    )
     add("--balance_rounds", type=int, default=0, help=balance)
     add("--seed", type=int, default=2024, help="of everything random (2024)")
     add("--resume", default="", help="run folder or .pth to go on from; other flags come from there")

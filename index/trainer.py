@@ -20,6 +20,7 @@ from embeddings import Embeddings
 from figures import collision_rate, level_usage
 from models.rqvae import RQVAE
 from parallel import Processes
+from start import balance
 
 LEARNERS = {
     "adamw": torch.optim.AdamW,
@@ -118,15 +119,18 @@ class Trainer:
                 bar.set_postfix(loss=f"{loss / self.steps_per_epoch:.5f}")
                 if not math.isfinite(loss):
                     raise UserError(f"epoch {self.epoch}: the loss is {loss}; lower --lr or look at the embeddings")
+                evaluates = self.epoch % eval_step == 0 or self.epoch == self.args.epochs
+                if self.epoch == self.args.epochs and self.args.balance_rounds:
+                    balance(self.model, self.embeddings, self.processes, self.args.balance_rounds)
                 due = not on_terminal and time.monotonic() - said > LOG_SECONDS
-                if self.epoch % eval_step == 0 or due:
+                if evaluates or due:
                     said = time.monotonic()
                     pace = (said - started) / (self.epoch - first)
                     line = (
                         f"epoch {self.epoch}/{self.args.epochs}: loss {loss:.5f} (reconstruction {reconstruction:.5f})"
                     )
-                    if self.epoch % eval_step == 0:
-                        line += f", collision rate {self.evaluate(loss):.4f}{self.balance()}"
+                    if evaluates:
+                        line += f", collision rate {self.evaluate(loss):.4f}{self.evenness()}"
                     with tqdm.external_write_mode():
                         say(f"{line}, {pace:.2f} s/epoch, about {pace * (self.args.epochs - self.epoch):.0f} s left")
                 self._stop_if_asked()
@@ -193,7 +197,7 @@ class Trainer:
         own = torch.cat(parts) if parts else torch.empty(0, width, dtype=torch.int64, device=self.processes.device)
         return self.processes.gather(own)[0].cpu().numpy()
 
-    def balance(self) -> str:
+    def evenness(self) -> str:
         """How even the codes were that Sinkhorn assigned in the last epoch, in words; nothing without Sinkhorn."""
         words = ""
         for level, counts in self.assigned.items():
