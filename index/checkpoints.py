@@ -32,11 +32,11 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     except IsADirectoryError:
         raise UserError(f"{path}: is a folder; expected a .pth file") from None
     except Exception as error:  # torch raises many kinds for damaged files
-        text = str(error)
+        text = str(error).strip() or type(error).__name__
         foreign = re.search(r"GLOBAL (\S+)", text) or re.search(r"Unsupported (?:global|class|operand)[^\n]*", text)
         if foreign:
             raise UserError(f"{path}: refused, it carries a foreign object ({foreign.group(0)})") from None
-        raise UserError(f"{path}: not a readable checkpoint ({text.strip().splitlines()[0][:120]})") from None
+        raise UserError(f"{path}: not a readable checkpoint ({text.splitlines()[0][:120]})") from None
     missing = [key for key in NEEDED if not isinstance(content, dict) or key not in content]
     if missing or not isinstance(content["args"], argparse.Namespace):
         raise UserError(f"{path}: not an RQ-VAE checkpoint (lacks {', '.join(missing) or 'flags in args'})")

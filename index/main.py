@@ -56,7 +56,7 @@ PRESETS = {
         "lr_scheduler_type": "linear",
         "start": "pca",
         "kmeans_rows": "all",
-        "balance_rounds": 1,
+        "balance_rounds": 2,
     },
 }
 

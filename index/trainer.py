@@ -252,8 +252,11 @@ class Trainer:
         self.best_collision_rate = float(content.get("best_collision_rate", math.inf))
         extra = content.get("resume")
         if extra is None:
-            self.scheduler.last_epoch = self.epoch * self.steps_per_epoch - 1
-            self.scheduler.step()
+            self.scheduler.last_epoch = self.epoch * self.steps_per_epoch
+            rates = [base * self.scheduler.lr_lambdas[0](self.scheduler.last_epoch) for base in self.scheduler.base_lrs]
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            self.scheduler._last_lr = rates
             return
         self.scheduler.load_state_dict(extra["scheduler"])
         torch.set_rng_state(extra["rng"].cpu())
