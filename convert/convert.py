@@ -199,6 +199,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Convert one checkpoint."""
     args = build_parser().parse_args(argv)
+    torch.set_num_threads(1)  # reading, adding, hashing and writing already have a thread each
     source = find_model(args.source)
     count = convert(
         source, Path(args.target), DTYPES[args.dtype], parse_size(args.max_shard_size), overwrite=args.overwrite

@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (default: 5GB)")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT_CHECKPOINT if it exists")
     args = parser.parse_args(argv)
+    torch.set_num_threads(1)  # reading, adding, hashing and writing already have a thread each
     source, target = find_model(args.in_checkpoint), Path(args.out_checkpoint)
     count = convert(source, target, torch.float16, parse_size(args.max_shard_size), overwrite=args.overwrite)
     print(f"{target}: {count} tensors in float16")

@@ -24,6 +24,7 @@ from tqdm import tqdm  # noqa: E402
 
 from convert.folder import TOKENIZER_FILES, ModelFolder, copy_files, find_model, new_folder, write_settings  # noqa: E402
 from convert.merge_delta import Plan, plan_merge  # noqa: E402
+from convert.push import push_folder  # noqa: E402
 from convert.weights import DTYPES, InputHashes, Weights, all_finite, parse_size, write_weights  # noqa: E402
 from utils import UserError, run_main, say, versions, write_json  # noqa: E402
 
@@ -69,7 +70,7 @@ def make_delta(
     plan = plan_merge(base, target, b, t, dtype)
     inexact: dict[str, int] = {}
     with new_folder(delta, overwrite) as partial, InputHashes({"base": b.files, "target": t.files}) as inputs:
-        copy_files(target, partial, (*TOKENIZER_FILES, "generation_config.json"))
+        copy_files(target, partial, (*TOKENIZER_FILES, "generation_config.json", "run.json"))
         bar = tqdm(plan.shapes, unit="tensor", disable=None)
         names = iter(bar)
 
@@ -95,25 +96,6 @@ def make_delta(
     return report
 
 
-def push(folder: Path, repo_id: str) -> None:
-    """Upload a folder to the hub; the login of `hf auth login` is used.
-
-    Raises:
-        UserError: the hub refused it.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        api = HfApi()
-        api.create_repo(repo_id, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=str(folder))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise UserError(
-            f"{repo_id}: the hub refused it ({str(error).strip().splitlines()[0]}); try hf auth login"
-        ) from None
-
-
 def main(argv: list[str] | None = None) -> None:
     """Make one delta, and push it if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -125,6 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (default: 5GB)")
     parser.add_argument("--overwrite", action="store_true", help="replace the delta if it exists")
     args = parser.parse_args(argv)
+    torch.set_num_threads(1)  # reading, adding, hashing and writing already have a thread each
     base, target = find_model(args.base_model_path), find_model(args.target_model_path)
     delta = Path(args.delta_path)
     report = make_delta(base, target, delta, DTYPES[args.dtype], parse_size(args.max_shard_size), args.overwrite)
@@ -134,8 +117,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{report['numbers']} numbers in {len(report['inexact'])} tensors (delta_report.json)"
     )
     if args.hub_repo_id:
-        push(delta, args.hub_repo_id)
-        say(f"https://huggingface.co/{args.hub_repo_id}")
+        say(push_folder(delta, args.hub_repo_id))
 
 
 if __name__ == "__main__":

@@ -202,7 +202,7 @@ def merge(
     tokens = check_item_tokens(delta, base, rows, b.entries[plan.embedding].shape[0])
     written = {name: (shape, dtype) for name, shape in plan.shapes.items() if name not in plan.ties}
     with new_folder(target, overwrite) as partial, InputHashes({"base": b.files, "delta": d.files}) as inputs:
-        copy_files(delta, partial, (*TOKENIZER_FILES, "generation_config.json"))
+        copy_files(delta, partial, (*TOKENIZER_FILES, "generation_config.json", "run.json"))
         bar = tqdm(written, unit="tensor", disable=None)
         names = iter(bar)
 
@@ -278,6 +278,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--any-base", action="store_true", help="skip the test that embeddings resemble the base's")
     parser.add_argument("--overwrite", action="store_true", help="replace the target if it exists")
     args = parser.parse_args(argv)
+    torch.set_num_threads(1)  # reading, adding, hashing and writing already have a thread each
     base, delta = find_model(args.base_model_path), find_model(args.delta_path)
     target = Path(args.target_model_path)
     size = parse_size(args.max_shard_size)

@@ -194,7 +194,7 @@ def merge_lora(
     with new_folder(target, overwrite) as partial:
         files = {"base": weights.files, "adapter": adapter.weights.files}
         with InputHashes(files) as inputs:
-            copy_files(source, partial, (*TOKENIZER_FILES, "generation_config.json"))
+            copy_files(source, partial, (*TOKENIZER_FILES, "generation_config.json", "run.json"))
             specs = {name: (wanted[name], dtype) for name in names}
             outputs = write_weights(
                 partial, specs, lambda name: lora_blocks(name, adapter, weights, dtype), max_shard_bytes

@@ -124,6 +124,7 @@ class Weights:
         self.folder = Path(folder)
         self.allowed = allowed
         self._last: tuple[Path, Callable[[str], torch.Tensor]] | None = None
+        self._mapping: tuple[int, int] | None = None
         self.files, self._weight_map = self._find(stem)
         self.entries: dict[str, Entry] = {}
         for path in self.files:
@@ -186,7 +187,7 @@ class Weights:
     def _open(self, path: Path) -> Callable[[str], torch.Tensor]:
         """A getter for the tensors of a file, mapped from disk; the file opened last stays open."""
         if self._last is None or self._last[0] != path:
-            self._last = None  # drop the old mapping first
+            self._last = self._mapping = None  # drop the old mapping first
             source = load_torch(path).__getitem__ if path.suffix == ".bin" else open_safetensors(path).get_tensor
             self._last = (path, source)
         return self._last[1]
@@ -195,7 +196,9 @@ class Weights:
         """The tensor in order, as blocks of whole rows: read-only views of a mapping, each good until the next one."""
         entry = self.entries[name]
         tensor = self._open(entry.file)(entry.key)
-        mapped = is_mapped(tensor, entry.file)
+        self._mapping = self._mapping or find_mapping(tensor, entry.file)
+        low, high = self._mapping
+        mapped = low <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= high and tensor.is_contiguous()
         for start, stop in row_blocks(entry.shape):
             block = tensor[start:stop] if entry.shape else tensor
             yield block
@@ -210,25 +213,25 @@ class Weights:
         return torch.cat([block.clone() for block in self.blocks(name)])
 
 
-def is_mapped(tensor: torch.Tensor, path: Path) -> bool:
-    """True if the tensor's memory is the file itself, mapped (Linux; elsewhere always False)."""
+def find_mapping(tensor: torch.Tensor, path: Path) -> tuple[int, int]:
+    """The addresses at which `path` is mapped around the tensor; (0, 0) if its memory is not the file (or not Linux)."""
     try:
         inode, lines = str(path.stat().st_ino), Path("/proc/self/maps").read_text().splitlines()
     except OSError:
-        return False
+        return 0, 0
     for line in lines:
         addresses, _, _, _, number, *_ = line.split(maxsplit=5)
         if number == inode:
             low, high = (int(address, 16) for address in addresses.split("-"))
-            if low <= tensor.data_ptr() and tensor.data_ptr() + tensor.nbytes <= high:
-                return tensor.is_contiguous()
-    return False
+            if low <= tensor.data_ptr() < high:
+                return low, high
+    return 0, 0
 
 
 def release(block: torch.Tensor) -> None:
     """Give the pages under a mapped, unchanged block back to the system: they would count as memory till the end.
 
-    Whoever touches them again gets them from the file; memory that is no mapping would be wiped (ask `is_mapped`).
+    Whoever touches them again gets them from the file; memory that is no mapping would be wiped (ask `find_mapping`).
     Pages that the block shares with a neighbour stay.
     """
     start = -(-block.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE

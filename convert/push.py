@@ -1,0 +1,240 @@
+"""Put a trained model, an adapter or a delta on the Hugging Face hub, with a model card made from the files of its run.
+
+    python convert/push.py --model-path ckpt/Games --repo-id you/lcrec-games --results results/Games/result.json \\
+        --index-file data/Games/Games.index.json
+    … --dry-run      # only write the card, MODEL_PATH/README.md
+
+The card has the dataset with the hashes of its files, the base, the metrics and the exact commands. Log in first, with
+`hf auth login`. Only weights, settings, tokenizer, reports and the card are uploaded, never the state of the optimizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: the root instead of this folder, whose names would shadow others
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from convert.folder import LOADERS, SETTINGS, TOKENIZER_FILES  # noqa: E402
+from utils import UserError, atomic_path, read_json, run_main, say, sha256  # noqa: E402
+
+MARK = "<!-- written by convert/push.py; edit freely and remove this line to keep your text -->"
+REPORTS = ("merge_report.json", "delta_report.json", "convert_report.json", "run.json")
+UPLOADED = (
+    *LOADERS,
+    *SETTINGS,
+    *TOKENIZER_FILES,
+    *REPORTS,
+    "model*.safetensors*",
+    "adapter_model.safetensors",
+    "pytorch_model*.bin*",
+    "README.md",
+)
+
+
+def command_line(script: str, arguments: dict[str, Any]) -> str:
+    """The command that gives a script these arguments, every flag written out.
+
+    Args:
+        script: the command without flags.
+        arguments: flag → value, as `vars(parse_args())` gives them.
+    """
+    words = []
+    for flag, value in arguments.items():
+        if value is True:
+            words.append(f"--{flag}")
+        elif value is False:
+            words += [f"--no-{flag}"] if flag in _negatable() else []
+        elif value is not None:
+            words.append(f"--{flag} {shlex.quote(str(value))}")
+    return " \\\n    ".join([script, *words])
+
+
+def _negatable() -> set[str]:
+    """Flags that are on unless told otherwise (`--no-…`)."""
+    from arguments import add_data, add_global, add_test, add_train, make_parser
+
+    names = set()
+    for groups in ((add_global, add_data, add_train), (add_global, add_data, add_test)):
+        parser = make_parser("")
+        for group in groups:
+            group(parser)
+        names |= {action.dest for action in parser._actions if isinstance(action, argparse.BooleanOptionalAction)}
+    return names
+
+
+def metrics_table(results: list[tuple[Path, dict[str, Any]]]) -> list[str]:
+    """A Markdown table of the mean over prompts, one line for each results file."""
+    lines = []
+    for path, content in results:
+        means = content.get("mean_results")
+        if not isinstance(means, dict) or not all(isinstance(value, int | float) for value in means.values()):
+            raise UserError(f"{path}: not a results file of test.py (mean_results is missing)")
+        if not lines:
+            lines += ["| task | prompts | " + " | ".join(means) + " |", "| --- | --- |" + " --- |" * len(means)]
+        task = content.get("config", {}).get("task", "seqrec")
+        cells = [task, str(content.get("test_prompt_ids", "")), *(f"{value:.4f}" for value in means.values())]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def kind_of(folder: Path) -> str:
+    """`delta`, `adapter` or `model`.
+
+    Raises:
+        UserError: nothing of these.
+    """
+    if (folder / "delta_report.json").is_file():
+        return "delta"
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        return "adapter"
+    if (folder / "config.json").is_file():
+        return "model"
+    raise UserError(f"{folder}: holds no model, adapter or delta (no config.json)")
+
+
+USAGE = {
+    "model": "python test.py --ckpt_path {repo} --dataset {dataset} --data_path ./data --test_prompt_ids all",
+    "adapter": "python test.py --lora --base_model {base} --ckpt_path {repo} --dataset {dataset} --data_path ./data",
+    "delta": (
+        "python convert/merge_delta.py --base-model-path {base} --target-model-path ckpt/{dataset} --delta-path {repo}"
+    ),
+}
+
+
+def make_card(folder: Path, repo_id: str, results: list[Path], index_file: Path | None) -> str:
+    """The text of the model card.
+
+    Raises:
+        UserError: a file it is made from is missing or of another form.
+    """
+    run = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    tested = [(path, read_json(path)) for path in results]
+    trained = run.get("arguments", {})
+    dataset = trained.get("dataset") or next((c["config"]["arguments"]["dataset"] for _, c in tested), None)
+    if dataset is None:
+        raise UserError(f"{folder}: has no run.json of finetune.py, so give --results at least")
+    base = trained.get("base_model", "its base")
+    front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    front += [f"base_model: {base}"] if _is_hub_id(base) else []
+    front += ["tags: [recommendation, lc-rec]", "---"]
+    kind = kind_of(folder)
+    usage = USAGE[kind].format(repo=repo_id, dataset=dataset, base=base)
+    text = [
+        *front,
+        MARK,
+        f"# {repo_id.split('/')[-1]}",
+        f"A generative recommender in the manner of LC-Rec (arXiv 2311.09049): {_article(kind)} for the dataset {dataset}.",
+        "",
+        f"- Base: {base}",
+        *_data_lines(run, tested, index_file),
+        "",
+        "## Use",
+        f"```bash\n{usage}\n```",
+    ]
+    if tested:
+        text += ["## Results", *metrics_table(tested)]
+    text += ["", "## Commands", "```bash", *_commands(run, tested), "```"]
+    if run.get("versions"):
+        text += ["", "Versions: " + ", ".join(f"{name} {version}" for name, version in run["versions"].items()) + "."]
+    return "\n".join(text) + "\n"
+
+
+def _article(kind: str) -> str:
+    return {"model": "a model", "adapter": "a LoRA adapter", "delta": "a delta against its base"}[kind]
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
+
+
+def _data_lines(run: dict[str, Any], tested: list[tuple[Path, dict[str, Any]]], index_file: Path | None) -> list[str]:
+    """The data files with their hashes; the index file given must be the one that was trained on.
+
+    Raises:
+        UserError: the index file is another one.
+    """
+    hashes = {name: entry["sha256"] for name, entry in run.get("files", {}).items()}
+    for path, content in tested:
+        for name, digest in content.get("config", {}).get("data_sha256", {}).items():
+            if hashes.setdefault(name, digest) != digest:
+                raise UserError(f"{path}: was measured on another {name} file than the model was trained on")
+    if index_file is not None:
+        if not index_file.is_file():
+            raise UserError(f"{index_file}: no such file")
+        if hashes.setdefault("index", sha256(index_file)) != sha256(index_file):
+            raise UserError(f"{index_file}: is not the index file of this run (its hash differs)")
+    return [f"- {name}: sha256 `{digest}`" for name, digest in sorted(hashes.items())]
+
+
+def _commands(run: dict[str, Any], tested: list[tuple[Path, dict[str, Any]]]) -> list[str]:
+    commands = []
+    if run.get("arguments"):
+        processes = run.get("processes", 1)
+        start = f"torchrun --nproc_per_node={processes} finetune.py" if processes > 1 else "python finetune.py"
+        commands.append(command_line(start, run["arguments"]))
+    for _, content in tested:
+        if content.get("config", {}).get("arguments"):
+            commands.append(command_line("python test.py", content["config"]["arguments"]))
+    return commands
+
+
+def write_card(folder: Path, text: str, overwrite: bool) -> None:
+    """Write `README.md`; a text of somebody's own is kept unless `overwrite`."""
+    path = folder / "README.md"
+    if path.is_file() and MARK not in path.read_text(encoding="utf-8") and not overwrite:
+        raise UserError(f"{path}: is there already; add --overwrite to replace it, or --keep-card to push it as it is")
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def push_folder(folder: Path, repo_id: str, private: bool = False, index_file: Path | None = None) -> str:
+    """Upload a folder's model files to the hub, in one commit each for the model and its index file; the page's address.
+
+    Raises:
+        UserError: the hub refused it.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    api = HfApi()
+    try:
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=str(folder), allow_patterns=list(UPLOADED))
+        if index_file is not None:
+            api.upload_file(repo_id=repo_id, path_or_fileobj=str(index_file), path_in_repo=index_file.name)
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{repo_id}: the hub refused it ({reason}); did you log in with hf auth login?") from None
+    return str(url)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write the card and push."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-path", required=True, type=Path, help="folder of the model, adapter or delta")
+    parser.add_argument("--repo-id", required=True, help="hub repository, owner/name; made if missing")
+    parser.add_argument("--results", nargs="*", default=[], type=Path, help="results files of test.py")
+    parser.add_argument("--index-file", type=Path, help="the dataset's index file, uploaded too")
+    parser.add_argument("--private", action="store_true", help="make a private repository")
+    parser.add_argument("--dry-run", action="store_true", help="write the card, push nothing")
+    parser.add_argument("--keep-card", action="store_true", help="push the README.md that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace a README.md of somebody's own")
+    args = parser.parse_args(argv)
+    if not args.model_path.is_dir():
+        raise UserError(f"{args.model_path}: no such folder")
+    kind_of(args.model_path)
+    if not args.keep_card:
+        text = make_card(args.model_path, args.repo_id, args.results, args.index_file)
+        write_card(args.model_path, text, args.overwrite)
+        say(f"{args.model_path / 'README.md'}: the model card, {len(text.splitlines())} lines")
+    if not args.dry_run:
+        say(push_folder(args.model_path, args.repo_id, args.private, args.index_file))
+
+
+if __name__ == "__main__":
+    run_main(main)

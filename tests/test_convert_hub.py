@@ -1,0 +1,224 @@
+"""Hub ids and pushing, against a small server that speaks the hub's protocol on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import json
+import shlex
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from convert_parts import delta_parts, run_script, save_model
+from transformers import AutoModelForCausalLM
+
+from arguments import add_data, add_global, add_test, add_train, make_parser
+from convert import push
+from convert.folder import find_model
+from utils import UserError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Serves `server.repos[id]` (folders) and keeps what is committed in `server.pushed[id]`."""
+
+    def log_message(self, *words: object) -> None:
+        pass
+
+    def answer(self, content: bytes | dict | list, status: int = 200, **headers: str) -> None:
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        parts = self.path.split("?")[0].strip("/").split("/")
+        if parts[:2] == ["api", "models"]:
+            folder = self.server.repos.get("/".join(parts[2:4]))
+            if folder is None:
+                return self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
+            if "tree" in parts:
+                sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+                return self.answer([{"type": "file", "path": n, "size": s, "oid": COMMIT} for n, s in sizes.items()])
+            files = [{"rfilename": path.name} for path in sorted(folder.iterdir())]
+            return self.answer({"id": "/".join(parts[2:4]), "sha": COMMIT, "siblings": files})
+        folder = self.server.repos.get("/".join(parts[:2]))
+        path = folder / parts[-1] if folder else None
+        if path is None or not path.is_file():
+            return self.answer(b"", 404, X_Error_Code="EntryNotFound")
+        data = path.read_bytes()
+        self.server.downloads.append(path.name) if self.command == "GET" else None
+        return self.answer(data, ETag=f'"{hashlib.sha256(data).hexdigest()}"', X_Repo_Commit=COMMIT)
+
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.headers.get("Authorization") != "Bearer hf_secret":
+            return self.answer({"error": "Invalid credentials"}, 401)
+        if self.path == "/api/repos/create":
+            return self.answer({"url": f"http://{self.headers['Host']}/me/{json.loads(body)['name']}"})
+        if self.path == "/api/validate-yaml":
+            return self.answer({"errors": [], "warnings": []})
+        if "/preupload/" in self.path:
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
+            ]
+            return self.answer({"files": files})
+        for line in map(json.loads, body.decode().splitlines()):
+            if line["key"] == "file":
+                self.server.pushed[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+        return self.answer({"commitUrl": f"http://{self.headers['Host']}/me/x/commit/{COMMIT}", "commitOid": COMMIT, "pullRequestUrl": None})
+
+
+@pytest.fixture
+def hub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.repos, server.pushed, server.downloads = {}, {}, []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def with_hub(hub, folder: Path, *words: object, token: str = "hf_secret"):
+    """Run a script that knows no other hub than `hub`."""
+    url = f"http://127.0.0.1:{hub.server_address[1]}"
+    return run_script(*words, HF_ENDPOINT=url, HF_HOME=str(folder / "hf"), HF_TOKEN=token, HF_HUB_DISABLE_XET="1")
+
+
+@pytest.mark.slow
+def test_base_and_delta_from_the_hub_then_push_a_new_delta(tmp_path, hub):
+    base, target = delta_parts(tmp_path)
+    save_model(base, tmp_path / "base", "bin")  # beside the safetensors: must not be downloaded
+    hub.repos = {"meta/tiny": tmp_path / "base", "lc/delta": tmp_path / "delta"}
+    words = ["--base-model-path", "meta/tiny", "--delta-path", "lc/delta", "--target-model-path", tmp_path / "target"]
+    result = with_hub(hub, tmp_path, "convert/merge_delta.py", *words)
+    assert result.returncode == 0, result.stderr
+    assert "model.safetensors" in hub.downloads
+    assert "pytorch_model.bin" not in hub.downloads
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
+    assert (merged.state_dict()["model.norm.weight"] - target.state_dict()["model.norm.weight"]).abs().max() < 1e-3
+
+    words = ["--base-model-path", "meta/tiny", "--target-model-path", tmp_path / "target"]
+    words += ["--delta-path", tmp_path / "again", "--hub-repo-id", "me/again"]
+    result = with_hub(hub, tmp_path, "convert/make_delta.py", *words)
+    assert result.returncode == 0, result.stderr
+    for name in ("model.safetensors", "config.json", "delta_report.json", "added_tokens.json"):
+        assert hub.pushed[name] == (tmp_path / "again" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_the_hub_says_no(tmp_path, hub):
+    delta_parts(tmp_path)
+    words = ["--base-model-path", "meta/missing", "--delta-path", tmp_path / "delta"]
+    result = with_hub(hub, tmp_path, "convert/merge_delta.py", *words, "--target-model-path", tmp_path / "target")
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("error: meta/missing: no such folder here, and the hub did not")
+    words = ["--model-path", tmp_path / "base", "--repo-id", "me/x", "--keep-card"]
+    result = with_hub(hub, tmp_path, "convert/push.py", *words, token="hf_wrong")
+    assert result.returncode == 2
+    assert "error: me/x: the hub refused it" in result.stderr.splitlines()[-1]
+
+
+def test_hub_cache_links_are_followed_but_not_further(tmp_path):
+    """The cache keeps files as links into blobs/ of the same repository."""
+    delta_parts(tmp_path)
+    cache = tmp_path / "hub/models--lc--delta"
+    snapshot = cache / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    for path in (tmp_path / "base").iterdir():
+        blob = cache / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+        path.rename(blob)
+        (snapshot / path.name).symlink_to(f"../../blobs/{blob.name}")
+    found = find_model(snapshot)
+    assert "model.norm.weight" in found.weights()
+    (snapshot / "model.safetensors").unlink()
+    (tmp_path / "outside.safetensors").write_bytes(b"x")
+    (snapshot / "model.safetensors").symlink_to(tmp_path / "outside.safetensors")
+    with pytest.raises(UserError, match="leads out of the folder"):
+        found.weights()
+
+
+# ---- the model card ----
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run's folder, its results and its index file, as finetune.py and test.py leave them."""
+    folder = tmp_path / "ckpt"
+    delta_parts(tmp_path)
+    (tmp_path / "delta").rename(folder)
+    index = tmp_path / "Games.index.json"
+    index.write_text('{"0": ["<a_0>"]}')
+    digest = hashlib.sha256(index.read_bytes()).hexdigest()
+    trained = vars(parser(add_train).parse_args(["--base_model", "huggyllama/llama-7b", "--no-sample_valid", "--bf16"]))
+    tested = vars(parser(add_test).parse_args(["--ckpt_path", "./ckpt/my games/", "--test_prompt_ids", "all"]))
+    files = {"index": {"path": str(index), "sha256": digest}}
+    facts = {"arguments": trained, "processes": 8, "files": files, "versions": {"torch": "2.13.0"}}
+    (folder / "run.json").write_text(json.dumps(facts))
+    results = {
+        "test_prompt_ids": "all",
+        "mean_results": {"hit@10": 0.12345, "ndcg@10": 0.0681},
+        "config": {"task": "seqrec", "arguments": tested, "data_sha256": {"index": digest}},
+    }
+    (tmp_path / "result.json").write_text(json.dumps(results))
+    return tmp_path
+
+
+def parser(*groups) -> argparse.ArgumentParser:
+    made = make_parser("")
+    for group in (add_global, add_data, *groups):
+        group(made)
+    return made
+
+
+def card(folder: Path, *words: str) -> str:
+    paths = ["--model-path", f"{folder}/ckpt", "--repo-id", "me/games", "--results", f"{folder}/result.json"]
+    push.main([*paths, "--index-file", f"{folder}/Games.index.json", "--dry-run", *words])
+    return (folder / "ckpt/README.md").read_text()
+
+
+def test_card_has_dataset_hash_base_and_metrics(run):
+    text = card(run)
+    digest = hashlib.sha256((run / "Games.index.json").read_bytes()).hexdigest()
+    assert "base_model: huggyllama/llama-7b" in text
+    assert f"index: sha256 `{digest}`" in text
+    assert "| seqrec | all | 0.1235 | 0.0681 |" in text
+    assert "dataset Games" in text
+
+
+@pytest.mark.parametrize(
+    ("script", "group", "file"), [("finetune.py", add_train, "run"), ("test.py", add_test, "result")]
+)
+def test_its_commands_parse_back_to_the_arguments_of_the_run(run, script, group, file):
+    block = card(run).split("## Commands\n```bash\n")[1].split("```")[0].replace("\\\n", " ")
+    line = next(line for line in block.splitlines() if script in line)
+    words = shlex.split(line)
+    again = vars(parser(group).parse_args(words[words.index(script) + 1 :]))
+    content = json.loads((run / ("ckpt/run.json" if file == "run" else "result.json")).read_text())
+    assert again == (content["arguments"] if file == "run" else content["config"]["arguments"])
+
+
+def test_card_refuses_what_does_not_belong_together(run):
+    (run / "Games.index.json").write_text("{}")
+    with pytest.raises(UserError, match="is not the index file of this run"):
+        card(run)
+
+
+def test_a_text_of_somebody_is_kept(run):
+    (run / "ckpt/README.md").write_text("mine")
+    with pytest.raises(UserError, match="is there already"):
+        card(run)
+    assert (run / "ckpt/README.md").read_text() == "mine"
+    assert "huggyllama" in card(run, "--overwrite")
+    card(run)  # our own card is replaced without asking
