@@ -70,9 +70,9 @@ def quantised(codes: np.ndarray, codebooks: Sequence[torch.Tensor]) -> torch.Ten
     return torch.stack(list(parts)).sum(0)
 
 
-def errors(latents: torch.Tensor, codes: np.ndarray, codebooks: Sequence[torch.Tensor]) -> np.ndarray:
-    """Each item's squared distance to its index: float64 (items,)."""
-    return ((latents - quantised(codes, codebooks)).double() ** 2).sum(-1).cpu().numpy()
+def _errors(latents: np.ndarray, codes: np.ndarray, codebooks: Sequence[np.ndarray]) -> np.ndarray:
+    """Each row's squared distance to its index: float64 (rows,)."""
+    return ((latents - sum(book[codes[:, level]] for level, book in enumerate(codebooks))) ** 2).sum(-1)
 
 
 def sinkhorn_rounds(
@@ -189,9 +189,9 @@ def assign_free(
 
     Args:
         codes: int64 (items of the catalogue, levels); not changed. Other items' rows must be free of collisions.
-        latents: float64 (items of the catalogue, dim).
+        latents: float64 (len(items), dim), of `items`.
         codebooks: float64 (K, dim) of each level.
-        items: ids that need an index.
+        items: ids that need an index, ascending.
 
     Returns:
         new codes, how many of `items` found their prefix full, and how many of those were placed one by one.
@@ -207,13 +207,13 @@ def assign_free(
     others = np.ones(len(codes), dtype=bool)
     others[items] = False
     free = FreeIndices(sizes, codes[others])
-    left = _assign_under(codes, latents, codebooks, free, np.sort(items), levels - 1)
+    left = _assign_under(codes, latents, codebooks, free, items, np.arange(len(items)), levels - 1)
     full = len(left)
     if len(left) and levels > 1 and sizes[-1] * sizes[-2] <= EXACT_CODES:
-        left = _assign_under(codes, latents, codebooks, free, left, levels - 2)
-    for item in left:
-        codes[item] = _nearest_with_room(latents[item], codebooks, free)
-        free.take(codes[item].tolist())
+        left = _assign_under(codes, latents, codebooks, free, items, left, levels - 2)
+    for position in left:
+        codes[items[position]] = _nearest_with_room(latents[position], codebooks, free)
+        free.take(codes[items[position]].tolist())
     return codes, full, len(left)
 
 
@@ -223,29 +223,33 @@ def _assign_under(
     codebooks: Sequence[np.ndarray],
     free: FreeIndices,
     items: np.ndarray,
+    positions: np.ndarray,
     depth: int,
 ) -> np.ndarray:
-    """Assign `items` free codes from level `depth` on, prefix by prefix, in place; returns those that found none."""
+    """Assign `items[positions]` free codes from level `depth` on, prefix by prefix, in place; returns positions left."""
     tails = codebooks[depth]
     for book in codebooks[depth + 1 :]:
         tails = (tails[:, None, :] + book[None, :, :]).reshape(-1, tails.shape[1])
-    keys = index_keys(codes[items, :depth]) if depth else np.zeros(len(items), dtype=np.int64)
-    left = []
-    for key in np.unique(keys):
-        group = items[keys == key]
+    prefixes = codes[items[positions], :depth]
+    keys = index_keys(prefixes) if depth else np.zeros(len(positions), dtype=np.int64)
+    order = np.argsort(keys, kind="stable")
+    groups = np.split(positions[order], np.flatnonzero(np.diff(keys[order])) + 1)
+    left = [positions[:0]]
+    for group in groups:
         if depth < codes.shape[1] - 1 and len(group) > EXACT_ITEMS:
             left.append(group)
             continue
-        prefix = codes[group[0], :depth].tolist()
+        prefix = codes[items[group[0]], :depth].tolist()
         residuals = latents[group] - sum(codebooks[level][code] for level, code in enumerate(prefix))
         open_tails = np.flatnonzero(free.free_mask(prefix))
         chosen = exact_assignment(residuals, tails[open_tails])
-        for item, choice in zip(group, chosen, strict=True):
+        for position, choice in zip(group, chosen, strict=True):
             if choice >= 0:
-                codes[item, depth:] = np.unravel_index(open_tails[choice], [len(book) for book in codebooks[depth:]])
-                free.take(codes[item].tolist())
+                tail = np.unravel_index(open_tails[choice], [len(book) for book in codebooks[depth:]])
+                codes[items[position], depth:] = tail
+                free.take(codes[items[position]].tolist())
         left.append(group[chosen < 0])
-    return np.sort(np.concatenate(left)) if left else items[:0]
+    return np.sort(np.concatenate(left))
 
 
 def _nearest_with_room(latent: np.ndarray, codebooks: Sequence[np.ndarray], free: FreeIndices) -> list[int]:
@@ -288,12 +292,13 @@ def resolve(
     groups = collision_groups(codes)
     if allow_conflicts or not groups:
         return result
-    wide, books = latents.cpu().double().numpy(), [book.cpu().double().numpy() for book in codebooks]
-    items = np.concatenate(groups)
+    items = np.sort(np.concatenate(groups))
+    wide = latents[torch.from_numpy(items).to(latents.device)].cpu().double().numpy()
+    books = [book.cpu().double().numpy() for book in codebooks]
     result.codes, full, result.greedy = assign_free(codes, wide, books, items)
     moved = items[(result.codes[items] != codes[items]).any(1)]
     result.moved_to_other_prefix = full
     result.moved_on_last_level = len(moved) - full
-    added = errors(latents, result.codes, codebooks) - errors(latents, codes, codebooks)
+    added = _errors(wide, result.codes[items], books) - _errors(wide, codes[items], books)
     result.added_error, result.largest_added_error = float(added.sum()), float(added.max(initial=0.0))
     return result

@@ -1,37 +1,51 @@
-"""Give every item its index, with a trained RQ-VAE: `<D>.index.json`, and figures in `<D>.index.report.json`.
+"""Give every item its index: `<D>.index.json`, with figures in `<D>.index.report.json` and `.png` beside it.
 
     python index/generate_indices.py --ckpt_path ./ckpt/index/Games --output_file ./data/Games/Games.index.json
     python index/generate_indices.py --ckpt_path …/best_collision_model.pth --output_file F --allow_conflicts
+    python index/generate_indices.py --method rqkmeans --data_path E.npy --output_file F      # also: random, flat
+    python index/generate_indices.py --extend old.index.json --data_path new.npy --ckpt_path D --output_file F
 
 Nearest codes first; then, as long as items collide (20 rounds at most), each colliding group is assigned again by
 Sinkhorn on the last level, as the original does; then what still collides gets the nearest free index, so that no two
-items share one (`--allow_conflicts` leaves this out).
+items share one (`--allow_conflicts` leaves this out). `--extend` keeps every index of an old file and gives the rows
+that it lacks free combinations of tokens that it has, which a trained recommender knows.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from checkpoints import best_checkpoint, load_checkpoint, model_from_checkpoint
-from collisions import DEFAULT_EPSILON, MAX_ROUNDS, Resolution, quantised, resolve
-from common import UserError, pick_device, run_main, say, write_json
+from checkpoints import best_checkpoint, load_checkpoint
+from collisions import MAX_ROUNDS, Resolution
+from common import UserError, atomic_path, pick_device, run_main, say, write_json
 from embeddings import Embeddings
+from extension import extend, read_index
 from figures import describe, index_figures
-from models.rqvae import RQVAE
+from index_report import LABEL_FIELDS, draw, examples, labels_of, read_items
+from methods import METHODS, Index, Options
+from purity import label_purity, neighbour_purity
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--ckpt_path", required=True, help="checkpoint, run folder, or the --ckpt_dir of main.py (its newest run)")
+    add("--method", choices=METHODS, default="rqvae", help="how indices are made (rqvae)")
+    add("--ckpt_path", default="", help="rqvae: checkpoint, run folder, or the --ckpt_dir of main.py (its newest run)")
     add("--output_file", type=Path, required=True, help="index file to write, e.g. data/Games/Games.index.json")
     add("--data_path", default="", help="embeddings (default: those that the checkpoint was trained on)")
+    add("--extend", default="", metavar="OLD", help="index file to extend to the rows of --data_path that it lacks")
+    add("--item_file", type=Path, help="titles for the report (default: <D>.item.json beside the index, if there)")
+    sizes = "rqkmeans, random: codes of each level (256 256 256 256)"
+    add("--num_emb_list", type=int, nargs="+", default=[256, 256, 256, 256], help=sizes)
+    add("--kmeans_iters", type=int, default=100, help="rqkmeans: rounds of k-means at most (100)")
+    add("--seed", type=int, default=2024, help="rqkmeans, random: of what is drawn (2024)")
     add("--device", default="cuda:0", help="cuda:0, cpu, … (cuda:0; without CUDA the CPU)")
     add("--batch_size", type=int, default=4096, help="items encoded at once (4096)")
     add(
@@ -45,38 +59,38 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def tokens(codes: np.ndarray) -> dict[str, list[str]]:
-    """The content of an index file: item → one token a level, `<a_12>`, `<b_201>`, …"""
+def check(args: argparse.Namespace) -> None:
+    """Refuse flags that cannot work.
+
+    Raises:
+        UserError: with the first such flag.
+    """
+    if args.output_file.exists() and not args.overwrite:
+        raise UserError(f"{args.output_file}: is there already; give --overwrite to replace it")
+    for name, least in {"kmeans_iters": 1, "batch_size": 1, "max_rounds": 0}.items():
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least {least}")
+    if min(args.num_emb_list) < 2 or len(args.num_emb_list) > 26:
+        raise UserError("--num_emb_list: 26 levels at most, of two codes at least")
+    if not args.data_path and (args.method != "rqvae" or args.extend):
+        raise UserError(f"--data_path: {'--extend' if args.extend else '--method ' + args.method} needs the embeddings")
+    if not args.data_path and not args.ckpt_path:
+        raise UserError("--ckpt_path: --method rqvae needs the checkpoint or folder that index/main.py wrote")
+
+
+def write_index(path: Path, codes: np.ndarray) -> None:
+    """Write an index file, one item a line: item → one token a level, `<a_12>`, `<b_201>`, …"""
     letters = [chr(ord("a") + level) for level in range(codes.shape[1])]
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for item, row in enumerate(codes.tolist()):
+            tokens = [f"<{letter}_{code}>" for letter, code in zip(letters, row, strict=True)]
+            file.write(f'{"," if item else "{"}\n"{item}": {json.dumps(tokens)}')
+        file.write("\n}\n")
+
+
+def conflict_figures(resolution: Resolution) -> dict[str, Any]:
+    """How collisions went, for the report file."""
     return {
-        str(item): [f"<{letter}_{code}>" for letter, code in zip(letters, row, strict=True)]
-        for item, row in enumerate(codes.tolist())
-    }
-
-
-@torch.no_grad()
-def encode(model: RQVAE, embeddings: Embeddings, batch_size: int) -> torch.Tensor:
-    """Latent vectors of all items, float32 (items, e_dim), on the model's device."""
-    return torch.cat([model.encoder(x) for x in embeddings.in_order(batch_size)])
-
-
-@torch.no_grad()
-def reconstruction_error(
-    model: RQVAE, embeddings: Embeddings, codes: np.ndarray, codebooks: Sequence[torch.Tensor], batch_size: int
-) -> float:
-    """Mean squared error of the decoded indices against the embeddings, over all numbers."""
-    total, start = 0.0, 0
-    for x in embeddings.in_order(batch_size):
-        output = model.decoder(quantised(codes[start : start + len(x)], codebooks))
-        total += float(((output - x).double() ** 2).sum())
-        start += len(x)
-    return total / (len(embeddings) * embeddings.dim)
-
-
-def report_of(resolution: Resolution, sizes: Sequence[int]) -> dict[str, Any]:
-    """Figures of the index and of how its conflicts went, for the report file."""
-    return {
-        **index_figures(resolution.codes, sizes),
         "colliding_by_round": resolution.colliding,
         "moved_by_rounds": resolution.moved_by_rounds,
         "moved_on_last_level": resolution.moved_on_last_level,
@@ -87,40 +101,70 @@ def report_of(resolution: Resolution, sizes: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def item_file(args: argparse.Namespace) -> Path | None:
+    """The file with titles: as given, or beside the index where its name follows the format."""
+    beside = args.output_file.with_name(args.output_file.name.split(".")[0] + ".item.json")
+    return args.item_file or (beside if beside.exists() else None)
+
+
+def make(args: argparse.Namespace, embeddings: Embeddings) -> Index:
+    """The index that the flags ask for."""
+    names = ("ckpt_path", "num_emb_list", "kmeans_iters", "seed", "batch_size", "max_rounds", "allow_conflicts")
+    options = Options(**{name: getattr(args, name) for name in names})
+    if not args.extend:
+        return METHODS[args.method](embeddings, options)
+    old = read_index(args.extend)
+    sizes = (old.max(0) + 1).tolist()
+    source = {"extends": args.extend, "old_items": len(old), "new_items": len(embeddings) - len(old)}
+    return Index(sizes, extend(old, embeddings, options, args.extend), source=source)
+
+
+def report_of(args: argparse.Namespace, index: Index, embeddings: Embeddings) -> dict[str, Any]:
+    """The content of the report file; draws the picture beside it."""
+    codes = index.resolution.codes
+    report = {"method": "extend" if args.extend else args.method, **index.source, "data_path": str(embeddings.path)}
+    report |= index_figures(codes, index.sizes) | conflict_figures(index.resolution)
+    report["reconstruction_mse"] = index.reconstruction_mse
+    purity = {"10 nearest neighbours": neighbour_purity(codes, embeddings)}
+    titles = item_file(args)
+    if titles:
+        items = read_items(titles, len(codes))
+        purity |= {field: label_purity(codes, labels_of(items, field)) for field in LABEL_FIELDS}
+        report["examples"] = examples(codes, [str(item.get("title") or "") for item in items])
+    report["purity"] = {name: rows for name, rows in purity.items() if rows}
+    return report
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Write the index, its report and its picture; returns the report."""
     args = build_parser().parse_args(argv)
-    if args.output_file.exists() and not args.overwrite:
-        raise UserError(f"{args.output_file}: is there already; give --overwrite to replace it")
-    device = pick_device(args.device)
-    path = best_checkpoint(args.ckpt_path)
-    content = load_checkpoint(path)
-    model = model_from_checkpoint(content, path).to(device).eval()
-    data_path = args.data_path or getattr(content["args"], "data_path", "")
-    embeddings = Embeddings(data_path, device)
-    if embeddings.dim != model.in_dim:
-        raise UserError(f"{data_path}: rows are {embeddings.dim} wide, the model of {path} takes {model.in_dim}")
-    codebooks = [level.embedding.weight.detach() for level in model.rq.vq_layers]
-    last = model.rq.vq_layers[-1]
-    resolution = resolve(
-        encode(model, embeddings, args.batch_size),
-        codebooks,
-        epsilon=last.sk_epsilon or DEFAULT_EPSILON,
-        iterations=last.sk_iters,
-        max_rounds=args.max_rounds,
-        allow_conflicts=args.allow_conflicts,
-    )
-    report = {"checkpoint": str(path), "data_path": str(data_path), "epoch": content["epoch"]}
-    report |= report_of(resolution, [len(book) for book in codebooks])
-    report["reconstruction_mse"] = reconstruction_error(model, embeddings, resolution.codes, codebooks, args.batch_size)
-    write_json(args.output_file, tokens(resolution.codes), indent=1)
-    report_file = args.output_file.with_name(args.output_file.name.removesuffix(".json") + ".report.json")
+    check(args)
+    if not args.data_path:
+        path = best_checkpoint(args.ckpt_path)
+        args.data_path = getattr(load_checkpoint(path)["args"], "data_path", "")
+        if not args.data_path:
+            raise UserError(f"{path}: does not say which embeddings it was trained on; give --data_path")
+    embeddings = Embeddings(args.data_path, pick_device(args.device))
+    index = make(args, embeddings)
+    report = report_of(args, index, embeddings)
+    stem = args.output_file.name.removesuffix(".json")
+    report_file, picture = (args.output_file.with_name(f"{stem}.report.{kind}") for kind in ("json", "png"))
+    write_index(args.output_file, index.resolution.codes)
     write_json(report_file, report, indent=2)
+    draw(picture, index.resolution.codes, index.sizes, report["purity"])
     say(describe(report))
+    moved = report["moved_on_last_level"], report["moved_to_other_prefix"]
     say(
-        f"  colliding items with nearest codes and after each round: {resolution.colliding}; then moved to free indices: "
-        f"{resolution.moved_on_last_level} on the last level, {resolution.moved_to_other_prefix} to another prefix"
+        f"  colliding items at first and after each round: {report['colliding_by_round']}; moved to free indices: "
+        f"{moved[0]} on the last level, {moved[1]} to another prefix, squared distance {report['added_squared_distance']:+.4f}"
     )
-    say(f"  reconstruction error {report['reconstruction_mse']:.6f}; in {args.output_file} and {report_file}")
+    for name, rows in report["purity"].items():
+        words = ", ".join(f"{row['prefix_levels']}: {row['share']:.1%} (chance {row['chance']:.2%})" for row in rows)
+        say(f"  alike under a prefix of n levels, {name}: {words}")
+    if index.reconstruction_mse is not None:
+        say(f"  reconstruction error {index.reconstruction_mse:.6f}")
+    say(f"  in {args.output_file}, {report_file} and {picture}")
+    return report
 
 
 if __name__ == "__main__":

@@ -1,0 +1,120 @@
+"""New items for a catalogue that has an index: free combinations of the tokens that a trained recommender knows."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from collisions import Resolution, assign_free, nearest_codes, quantised
+from common import UserError, read_json
+from embeddings import Embeddings
+from figures import collision_groups
+from methods import Options, encode, load_model
+
+TOKEN = re.compile(r"<([a-z])_(\d+)>")
+
+
+def read_index(path: str | Path) -> np.ndarray:
+    """The codes in an index file: int64 (items, levels).
+
+    Raises:
+        UserError: not an index file: keys not "0" … "n-1", tokens not `<a_1>` with a letter for each level.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict) or not content:
+        raise UserError(f'{path}: expected a non-empty object {{"0": ["<a_1>", …], …}}')
+    rows = []
+    for item in range(len(content)):
+        tokens = content.get(str(item))
+        matches = [TOKEN.fullmatch(token) if isinstance(token, str) else None for token in tokens or []]
+        if not matches or any(m is None or m[1] != chr(ord("a") + level) for level, m in enumerate(matches)):
+            raise UserError(f'{path}: item "{item}" has {tokens!r}; expected tokens such as "<a_1>", "<b_2>", …')
+        rows.append([int(match[2]) for match in matches])
+        if len(rows[-1]) != len(rows[0]):
+            raise UserError(f'{path}: item "{item}" has {len(rows[-1])} tokens, item "0" has {len(rows[0])}')
+    return np.array(rows, dtype=np.int64)
+
+
+def mean_codebooks(latents: torch.Tensor, codes: np.ndarray) -> list[torch.Tensor]:
+    """Vectors for the codes of an index whose codebooks are not at hand: the mean residual of the items that have it.
+
+    Args:
+        latents: (items, dim).
+        codes: (items, levels), numbered without gaps on each level.
+    """
+    residual, books = latents, []
+    for level in range(codes.shape[1]):
+        chosen = torch.from_numpy(codes[:, level]).to(latents.device)
+        counts = torch.bincount(chosen).unsqueeze(1)
+        sums = torch.zeros(len(counts), latents.shape[1], device=latents.device).index_add_(0, chosen, residual)
+        books.append(sums / counts)
+        residual = residual - books[-1][chosen]
+    return books
+
+
+def extend(old: np.ndarray, embeddings: Embeddings, options: Options, source: str) -> Resolution:
+    """Codes for all rows of `embeddings`: the first ones keep `old`, the others get free combinations of its codes.
+
+    A new item gets the nearest combination; where that is taken, the nearest free one by the same exact assignment that
+    resolves collisions.
+
+    Args:
+        old: int64 (old items, levels).
+        embeddings: all items, the old ones first.
+        options: with `ckpt_path` the RQ-VAE that made the old index; without, distances are taken between embeddings and
+            the means of the items that have a code.
+        source: the old index file's name, for messages.
+
+    Raises:
+        UserError: one level only, no new rows, rows that are not the old items', codes that the RQ-VAE lacks, or
+            fewer free combinations than new items.
+    """
+    count = len(old)
+    if old.shape[1] < 2:
+        raise UserError(f"{source}: has one token an item (flat); a new item would need a token that no model knows")
+    if len(embeddings) <= count:
+        raise UserError(
+            f"{embeddings.path}: has {len(embeddings)} rows, {source} {count} items; it must hold all items, old ones first"
+        )
+    used = [np.unique(old[:, level]) for level in range(old.shape[1])]
+    dense = np.stack([np.searchsorted(codes, old[:, level]) for level, codes in enumerate(used)], axis=1)
+    if options.ckpt_path:
+        model, _ = load_model(options.ckpt_path, embeddings.device)
+        books = [level.embedding.weight.detach() for level in model.rq.vq_layers]
+        if len(books) != len(used) or any(codes[-1] >= len(book) for codes, book in zip(used, books, strict=True)):
+            raise UserError(f"{source}: has codes that the RQ-VAE of {options.ckpt_path} does not have")
+        books = [book[torch.from_numpy(codes).to(book.device)] for codes, book in zip(used, books, strict=True)]
+        latents = encode(model, embeddings, options.batch_size)
+    else:
+        latents = torch.cat(list(embeddings.in_order(options.batch_size)))
+        books = mean_codebooks(latents[:count], dense)
+    _check_same_items(latents[:count], dense, books, embeddings, source)
+    codes = np.concatenate([dense, nearest_codes(latents[count:], books)])
+    groups = collision_groups(codes)
+    pending = np.array(sorted(int(item) for group in groups for item in group if item >= count), dtype=np.int64)
+    wide = latents[torch.from_numpy(pending).to(latents.device)].cpu().double().numpy()
+    wide_books = [book.cpu().double().numpy() for book in books]
+    new, full, greedy = assign_free(codes, wide, wide_books, pending)
+    moved = int((new != codes).any(1).sum())
+    result = np.stack([codes_of[new[:, level]] for level, codes_of in enumerate(used)], axis=1)
+    assert np.array_equal(result[:count], old)
+    return Resolution(
+        result, [len(pending)], moved_on_last_level=moved - full, moved_to_other_prefix=full, greedy=greedy
+    )
+
+
+def _check_same_items(
+    latents: torch.Tensor, codes: np.ndarray, books: list[torch.Tensor], embeddings: Embeddings, source: str
+) -> None:
+    """The old items' indices must lie nearer to their own rows than to other items' rows, on the whole."""
+    vectors = quantised(codes, books)
+    own = ((latents - vectors) ** 2).sum(-1).mean()
+    others = ((latents.roll(1, 0) - vectors) ** 2).sum(-1).mean()
+    if not own < others:
+        raise UserError(
+            f"{embeddings.path}: its first {len(codes)} rows are not the items of {source}; "
+            "it must hold all items, the old ones first and in their order"
+        )
