@@ -465,6 +465,8 @@ class Store:
         """Put the parts together and write predictions and results; the results on the main process, elsewhere {}."""
         if self.file is not None:
             self.file.close()
+        if world_size() > 1:
+            dist.barrier()  # all have written their last line before the main process reads them
         lines = self._lines() if is_main() or not self.shared else {}
         if world_size() > 1:
             every: list[Any] = [None] * world_size()
