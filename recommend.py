@@ -1,0 +1,322 @@
+"""The top items, with titles and scores, for users, for histories, or for a search text.
+
+    python recommend.py --ckpt_path ./ckpt/Games/ --dataset Games --data_path ./data --users 0,17
+    python recommend.py …the same… --history 12 873 "Super Mario 64" --top_k 5 --exclude_history
+    python recommend.py …the same… --query "a racing game for two players"
+    python recommend.py …the same… --requests requests.jsonl --format json > answers.jsonl
+    ./my_shop | python recommend.py …the same… --requests -
+
+`--requests` reads a JSON object a line from a file, or from stdin with `-`, where each line is answered at once while the
+model stays loaded: `{"user": "17"}`, `{"history": [12, "Super Mario 64"]}` or `{"query": "…"}`, and if you like `"id"` (comes
+back in the answer), `"top_k"` and `"exclude_history"`. A line that is wrong is answered with `{"error": "…"}`. Items are ids
+or titles. A user's history is all that the dataset has of them, so the answer is what comes after its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from arguments import add_data, add_global, make_parser
+from collator import encode_prompts
+from data import HistoryFormat, RecData, clean_title, load_data
+from modeling import DTYPES, load_for_test, pick_device
+from prompt import Prompts, Template, load_prompts
+from scoring import Scorer, check_length
+from utils import UserError, run_main, say, set_seed
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question: what follows `history`, or what answers `query`."""
+
+    history: list[int] = field(default_factory=list)
+    query: str = ""
+    top_k: int = 10
+    exclude: frozenset[int] = frozenset()  # items that are not to be named
+    echo: dict[str, Any] = field(default_factory=dict)  # comes back with the answer
+
+
+class Recommender:
+    """A loaded model that answers requests.
+
+    Args:
+        data: the dataset whose items are recommended.
+        prompt_id: the template of seqrec (for histories) or itemsearch (for queries); by default the first that fits.
+        num_beams: beams; more are taken where a request needs them to fill its list.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        data: RecData,
+        prompts: Prompts,
+        form: HistoryFormat | None = None,
+        num_beams: int = 20,
+        prompt_id: int | None = None,
+    ):
+        self.data, self.prompts, self.form = data, prompts, form or HistoryFormat()
+        self.num_beams, self.prompt_id = num_beams, prompt_id
+        self.scorer = Scorer(model, tokenizer, data, num_beams)
+        self.shared: Template | None = None  # the template whose beginning the scorer holds
+        self.alike: dict[int, list[int]] = defaultdict(list)  # lowest id → all items with its index
+        for item, first in enumerate(data.canonical):
+            self.alike[first].append(item)
+
+    # ---- from what users write to requests ----
+
+    @cached_property
+    def _by_title(self) -> dict[str, int]:
+        """Title in small letters → the first item that has it."""
+        found: dict[str, int] = {}
+        for item, title in enumerate(self.data.titles):
+            found.setdefault(title.lower(), item)
+        return found
+
+    def item(self, name: int | str) -> int:
+        """The item with this id (a whole number, or its digits) or this title.
+
+        Raises:
+            UserError: there is none; the message has the nearest titles.
+        """
+        last = len(self.data.titles) - 1
+        if isinstance(name, int) or name.strip().isdecimal():
+            if isinstance(name, bool) or not 0 <= int(name) <= last:
+                raise UserError(f"item {name} is unknown; the items of {self.data.name} are 0 to {last}")
+            return int(name)
+        wanted = clean_title(name).lower()
+        if wanted in self._by_title:
+            return self._by_title[wanted]
+        near = difflib.get_close_matches(wanted, self._by_title, n=3, cutoff=0.0)
+        within = [title for title in self._by_title if wanted and wanted in title][:3]
+        shown = "; ".join(
+            f"{self.data.titles[self._by_title[title]]!r} ({self._by_title[title]})"
+            for title in list(dict.fromkeys(within + near))[:3]
+        )
+        raise UserError(f"no item has the title {name!r}; the nearest: {shown}")
+
+    def request(self, content: dict[str, Any], top_k: int = 10, exclude_history: bool = False) -> Request:
+        """A request from the object that a line of `--requests` holds.
+
+        Raises:
+            UserError: an unknown key, user or item, or nothing that is asked for.
+        """
+        if not isinstance(content, dict):
+            raise UserError('a request is an object such as {"user": "17"}')
+        known = {"user", "history", "query", "id", "top_k", "exclude_history"}
+        if unknown := sorted(set(content) - known):
+            raise UserError(f"unknown key {unknown[0]!r}; a request may have {', '.join(sorted(known))}")
+        if sum(key in content for key in ("user", "history", "query")) != 1:
+            raise UserError("a request has exactly one of user, history and query")
+        history, query = [], ""
+        if "user" in content:
+            if str(content["user"]) not in self.data.inters:
+                raise UserError(f"user {content['user']!r} is not in {self.data.files['inter']}")
+            history = self.data.inters[str(content["user"])]
+        elif "history" in content:
+            if not isinstance(content["history"], list) or not content["history"]:
+                raise UserError("history must be a list of at least one item")
+            for name in content["history"]:
+                if not isinstance(name, (int, str)):
+                    raise UserError(f"history: {name!r} is neither an id nor a title")
+            history = [self.item(name) for name in content["history"]]
+        else:
+            query = content["query"]
+            if not isinstance(query, str) or not query.strip():
+                raise UserError("query must be a text")
+        top_k = content.get("top_k", top_k)
+        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+            raise UserError(f"top_k is {top_k!r}; it must be 1 or more")
+        exclude = frozenset(history) if content.get("exclude_history", exclude_history) else frozenset()
+        echo = {key: content[key] for key in ("id", "user", "query") if key in content}
+        if "history" in content:
+            echo["history"] = history
+        return Request(history, query, top_k, exclude, echo)
+
+    # ---- from requests to answers ----
+
+    def template(self, request: Request) -> Template:
+        """The template for `request`.
+
+        Raises:
+            UserError: `prompt_id` is none, or it needs what a request does not have.
+        """
+        task = "itemsearch" if request.query else "seqrec"
+        has = {"query", "item"} if request.query else {"inters", "item"}
+        templates = self.prompts.of(task)
+        fitting = [n for n, t in enumerate(templates) if t.slots <= has and t.response.startswith("{item}")]
+        if self.prompt_id is None and fitting:
+            return templates[fitting[0]]
+        if self.prompt_id not in fitting:
+            raise UserError(
+                f"--prompt_id {self.prompt_id}: of {task} only {', '.join(map(str, fitting))} fit such a request"
+            )
+        return templates[self.prompt_id]
+
+    def answer(self, requests: list[Request]) -> list[dict[str, Any]]:
+        """An answer to each request, all decoded together: what it echoes and `items`, best first."""
+        groups: dict[Template, list[int]] = defaultdict(list)
+        for number, request in enumerate(requests):
+            groups[self.template(request)].append(number)
+        answers: list[dict[str, Any]] = [{} for _ in requests]
+        for template, numbers in groups.items():
+            found = self._decode(template, [requests[number] for number in numbers])
+            for number, answer in zip(numbers, found, strict=True):
+                answers[number] = answer
+        return answers
+
+    def _decode(self, template: Template, requests: list[Request]) -> list[dict[str, Any]]:
+        texts = [self.prompts.prompt(template, self._slots(request)) for request in requests]
+        ids = encode_prompts(self.scorer.tokenizer, texts)
+        check_length(self.scorer.model, max(map(len, ids)) + self.scorer.trie.levels)
+        if self.shared is not template:  # what every prompt of this template begins with is read once
+            other = self.prompts.prompt(template, dict.fromkeys(template.slots, "-"))
+            self.scorer.share([ids[0], *encode_prompts(self.scorer.tokenizer, [other])])
+            self.shared = template
+        needed = max(request.top_k + len(request.exclude) for request in requests)
+        self.scorer.num_beams = max(self.num_beams, needed)
+        return [
+            self._told(request, items, scores)
+            for request, items, scores in zip(requests, *self.scorer.decode(ids), strict=True)
+        ]
+
+    def _slots(self, request: Request) -> dict[str, str]:
+        history = self.form.cut(request.history)
+        return {"query": request.query, "inters": self.form.join([self.data.index_text(item) for item in history])}
+
+    def _told(self, request: Request, items: list[int], scores: list[float]) -> dict[str, Any]:
+        left_out = {self.data.canonical[item] for item in request.exclude}
+        rows = []
+        for item, score in zip(items, scores, strict=True):
+            if item not in left_out:
+                row = {"item": item, "title": self.data.titles[item], "score": round(score, 6)}
+                if len(self.alike[item]) > 1:
+                    row["same_index"] = self.alike[item][1:]
+                rows.append(row)
+        return {**request.echo, "items": rows[: request.top_k]}
+
+
+# ---- the command ----
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The flags."""
+    parser = make_parser(__doc__)
+    add_global(parser)
+    add_data(parser)
+    model = parser.add_argument_group("model")
+    model.add_argument("--ckpt_path", required=True, help="checkpoint folder, or the adapter's with --lora")
+    model.add_argument("--lora", action="store_true", help="the checkpoint is a LoRA adapter of --base_model")
+    model.add_argument("--gpu_id", type=int, default=0, help="GPU to use")
+    choices = ("auto", *DTYPES)
+    model.add_argument("--dtype", choices=choices, default="auto", help="auto: bfloat16 on a GPU, float32 on the CPU")
+    model.add_argument("--num_beams", type=int, default=20, help="beams; more where a list needs them")
+    model.add_argument("--prompt_id", type=int, help="template number; by default the first that fits")
+    ask = parser.add_argument_group("what is asked")
+    ask.add_argument("--users", metavar="ID,ID,…", help="users of the dataset by commas, or all")
+    ask.add_argument("--history", nargs="+", action="append", metavar="ITEM", help="ids or titles, oldest first")
+    ask.add_argument("--query", action="append", metavar="TEXT", help="a search text")
+    ask.add_argument("--requests", metavar="F", help="JSON lines from a file, or - for stdin")
+    ask.add_argument("--top_k", type=int, default=10, help="items in an answer")
+    ask.add_argument("--exclude_history", action="store_true", help="never name items of the history")
+    ask.add_argument("--batch_size", type=int, default=16, help="requests decoded together (stdin: one by one)")
+    ask.add_argument("--format", choices=("auto", "json", "table"), default="auto", help="auto: table on a terminal")
+    args = parser.parse_args(argv)
+    if not (args.users or args.history or args.query or args.requests):
+        raise UserError("nothing is asked: give --users, --history, --query or --requests")
+    if args.batch_size < 1 or args.num_beams < 1:
+        raise UserError("--batch_size and --num_beams must be at least 1")
+    return args
+
+
+def asked(args: argparse.Namespace, data: RecData) -> Iterator[dict[str, Any]]:
+    """The requests of the command line itself."""
+    if args.users:
+        users = data.user_ids if args.users == "all" else [user.strip() for user in args.users.split(",")]
+        yield from ({"user": user} for user in users)
+    yield from ({"history": history} for history in args.history or [])
+    yield from ({"query": query} for query in args.query or [])
+
+
+def show(answer: dict[str, Any], table: bool) -> None:
+    """Print one answer."""
+    if not table:
+        print(json.dumps(answer, ensure_ascii=False), flush=True)
+        return
+    head = [f"{key} {value}" for key, value in answer.items() if key not in ("items", "error")]
+    print("; ".join(head) or "answer")
+    if "error" in answer:
+        print(f"  error: {answer['error']}")
+    for place, row in enumerate(answer.get("items", []), 1):
+        print(f"  {place:>3}  {row['score']:>9.3f}  {row['item']:>7}  {row['title']}")
+    print(flush=True)
+
+
+def respond(recommender: Recommender, lines: Iterable[str], args: argparse.Namespace, batch: int, table: bool) -> None:
+    """Answer JSON lines in their order, `batch` at a time; a wrong line gets an error for an answer."""
+    waiting: list[Request | dict[str, Any]] = []
+
+    def flush() -> None:
+        good = [entry for entry in waiting if isinstance(entry, Request)]
+        answers = iter(recommender.answer(good)) if good else iter(())
+        for entry in waiting:
+            show(next(answers) if isinstance(entry, Request) else entry, table)
+        waiting.clear()
+
+    for line in lines:
+        if line.strip():
+            content = None
+            try:
+                try:
+                    content = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(f"not JSON: {error.msg} at column {error.colno}") from None
+                request = recommender.request(content, args.top_k, args.exclude_history)
+                recommender.template(request)
+                waiting.append(request)
+            except UserError as error:
+                told = {"id": content["id"]} if isinstance(content, dict) and "id" in content else {}
+                waiting.append({**told, "error": str(error)})
+        if len(waiting) >= batch:
+            flush()
+    flush()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Load the model, answer what the command line asks, then the requests of `--requests`."""
+    args = parse(argv)
+    if args.requests not in (None, "-") and not Path(args.requests).is_file():
+        raise UserError(f"--requests {args.requests}: no such file")
+    set_seed(args.seed)
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers alone
+        data = load_data(args.data_path, args.dataset, args.index_file)
+        device = pick_device(args.gpu_id)
+        model, tokenizer = load_for_test(args.ckpt_path, args.base_model, args.lora, device, DTYPES.get(args.dtype))
+        prompts = load_prompts(args.prompt_file)
+    form = HistoryFormat(args.max_his_len, args.add_prefix, args.his_sep)
+    recommender = Recommender(model, tokenizer, data, prompts, form, args.num_beams, args.prompt_id)
+    table = sys.stdout.isatty() if args.format == "auto" else args.format == "table"
+    requests = [recommender.request(content, args.top_k, args.exclude_history) for content in asked(args, data)]
+    for start in range(0, len(requests), args.batch_size):
+        for answer in recommender.answer(requests[start : start + args.batch_size]):
+            show(answer, table)
+    if args.requests == "-":
+        say("ready", file=sys.stderr)
+        respond(recommender, iter(sys.stdin.readline, ""), args, 1, table)
+    elif args.requests:
+        with open(args.requests, encoding="utf-8") as file:
+            respond(recommender, file, args, args.batch_size, table)
+
+
+if __name__ == "__main__":
+    run_main(main)
