@@ -23,7 +23,6 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from convert.folder import (  # noqa: E402
-    TOKENIZER_FILES,
     ModelFolder,
     check_item_tokens,
     copy_files,
@@ -34,6 +33,7 @@ from convert.folder import (  # noqa: E402
     skeleton,
     write_settings,
 )
+from convert.old_tokenizer import save_tokenizer  # noqa: E402
 from convert.weights import (  # noqa: E402
     DTYPES,
     InputHashes,
@@ -202,7 +202,8 @@ def merge(
     tokens = check_item_tokens(delta, base, rows, b.entries[plan.embedding].shape[0])
     written = {name: (shape, dtype) for name, shape in plan.shapes.items() if name not in plan.ties}
     with new_folder(target, overwrite) as partial, InputHashes({"base": b.files, "delta": d.files}) as inputs:
-        copy_files(delta, partial, (*TOKENIZER_FILES, "generation_config.json", "run.json"))
+        copy_files(delta, partial, ("generation_config.json", "run.json"))
+        plan.notes.append(save_tokenizer(delta, partial) or "tokenizer copied")
         bar = tqdm(written, unit="tensor", disable=None)
         names = iter(bar)
 

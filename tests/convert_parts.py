@@ -33,6 +33,8 @@ def save_tokenizer(folder: Path, item_tokens: list[str] = ()) -> None:
         vocab_size=VOCABULARY,
         model_type="bpe",
         byte_fallback=True,
+        normalization_rule_name="identity",  # as LLaMA's
+        remove_extra_whitespaces=False,
         minloglevel=2,
     )
     (folder / "tokenizer.model").write_bytes(model.getvalue())

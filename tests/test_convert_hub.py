@@ -76,7 +76,13 @@ class Hub(BaseHTTPRequestHandler):
         for line in map(json.loads, body.decode().splitlines()):
             if line["key"] == "file":
                 self.server.pushed[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-        return self.answer({"commitUrl": f"http://{self.headers['Host']}/me/x/commit/{COMMIT}", "commitOid": COMMIT, "pullRequestUrl": None})
+        return self.answer(
+            {
+                "commitUrl": f"http://{self.headers['Host']}/me/x/commit/{COMMIT}",
+                "commitOid": COMMIT,
+                "pullRequestUrl": None,
+            }
+        )
 
 
 @pytest.fixture
@@ -112,7 +118,7 @@ def test_base_and_delta_from_the_hub_then_push_a_new_delta(tmp_path, hub):
     words += ["--delta-path", tmp_path / "again", "--hub-repo-id", "me/again"]
     result = with_hub(hub, tmp_path, "convert/make_delta.py", *words)
     assert result.returncode == 0, result.stderr
-    for name in ("model.safetensors", "config.json", "delta_report.json", "added_tokens.json"):
+    for name in ("model.safetensors", "config.json", "delta_report.json", "tokenizer.json"):
         assert hub.pushed[name] == (tmp_path / "again" / name).read_bytes()
 
 

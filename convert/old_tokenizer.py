@@ -1,0 +1,73 @@
+"""Make a LLaMA tokenizer of 2023 tokenise today as it did in training.
+
+Checkpoints of that time were trained with the slow `LlamaTokenizer`. It cut a text at the item tokens and gave every
+piece to sentencepiece on its own, which puts a `▁` before each: `<b_2>, <a_1>` was `<b_2>` `▁,` `<a_1>`. Until
+transformers 4.33 it also stripped the blanks and line breaks around item tokens. Today's class does neither, so a
+history, all item tokens and separators, reaches the model in tokens it has never seen there.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from convert.folder import ITEM_TOKEN, TOKENIZER_FILES, ModelFolder, copy_files, load_tokenizer
+
+
+def rebuild(folder: ModelFolder) -> tuple[Any, str] | None:
+    """The tokenizer of a folder in the old layout, as a fast one with the old rules, and a note on what was done.
+
+    None if the folder is not of that kind: it has a `tokenizer.json`, no `tokenizer.model`, another class than LLaMA's,
+    or says `"legacy": false` (the new rules).
+    """
+    settings = folder.json("tokenizer_config.json") if folder.has("tokenizer_config.json") else {}
+    old_layout = folder.has("tokenizer.model") and not folder.has("tokenizer.json")
+    if not old_layout or settings.get("legacy") is False:
+        return None
+    if not str(settings.get("tokenizer_class", "LlamaTokenizer")).startswith("LlamaTokenizer"):
+        return None
+    loaded = load_tokenizer(folder)
+    strips = "added_tokens_decoder" not in settings  # how 4.34 and later write what they know of added tokens
+    backend = _with_old_rules(loaded, strips, settings.get("add_bos_token", True))
+    from transformers import PreTrainedTokenizerFast
+
+    special = {name: getattr(loaded, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=loaded.model_max_length,
+        clean_up_tokenization_spaces=False,
+        **{name: token for name, token in special.items() if token is not None},
+    )
+    around = ", blanks around item tokens dropped" if strips else ""
+    return made, f"tokenizer rebuilt with the rules of its training (▁ before each piece of text{around})"
+
+
+def _with_old_rules(loaded: Any, strips: bool, adds_bos: bool) -> Any:
+    from tokenizers import Tokenizer, normalizers
+    from tokenizers.processors import TemplateProcessing
+
+    content = json.loads(loaded.backend_tokenizer.to_str())
+    for token in content["added_tokens"]:
+        if ITEM_TOKEN.fullmatch(token["content"]):
+            token["lstrip"] = token["rstrip"] = strips
+            token["normalized"] = False  # else they would be looked for with a ▁ before them
+    backend = Tokenizer.from_str(json.dumps(content))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.pre_tokenizer = None
+    if adds_bos:
+        bos = loaded.bos_token
+        backend.post_processor = TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, loaded.bos_token_id)]
+        )
+    return backend
+
+
+def save_tokenizer(folder: ModelFolder, target: Path) -> str | None:
+    """Write the folder's tokenizer to `target`: an old one rebuilt (the note says so), any other as it is (None)."""
+    rebuilt = rebuild(folder)
+    if rebuilt is None:
+        copy_files(folder, target, TOKENIZER_FILES)
+        return None
+    rebuilt[0].save_pretrained(target)
+    return rebuilt[1]
