@@ -97,6 +97,16 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="lay a batch's samples end to end instead of padding them: same loss, faster",
     )
+    add(
+        "--eval_ranking",
+        type=int,
+        default=0,
+        metavar="N",
+        help="rank all items for N validation users at each evaluation",
+    )
+    add(
+        "--select_by", default="loss", choices=("loss", "hit@10", "ndcg@10"), help="what the best checkpoint is best in"
+    )
     add("--save_total_limit", type=int, default=5, help="checkpoints kept, the best one among them")
     add("--report_to", default="tensorboard", help="trackers by commas (tensorboard, wandb, …), or none")
     lora = parser.add_argument_group("LoRA")
@@ -106,6 +116,11 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     lora.add_argument("--lora_dropout", type=float, default=0.05, help="dropout before the adapter")
     lora.add_argument("--lora_target_modules", default=LORA_TARGETS, help="modules with an adapter, by commas")
     lora.add_argument("--lora_modules_to_save", default="embed_tokens,lm_head", help="modules trained whole, by commas")
+    lora.add_argument(
+        "--train_new_rows_only",
+        action="store_true",
+        help="of embeddings and head train the item tokens' rows alone, instead of --lora_modules_to_save",
+    )
     lora.add_argument("--load_in_4bit", action="store_true", help="QLoRA: base weights in 4 bits (bitsandbytes)")
     lora.add_argument("--load_in_8bit", action="store_true", help="base weights in 8 bits (bitsandbytes)")
 

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
+# Packed rows have a multiple of so many tokens: libraries keep a compiled kernel for each shape that they meet.
+ROUND = 64
 IGNORE = -100  # the label that cross-entropy leaves out
 
 
@@ -45,16 +48,22 @@ def encode_samples(
     return samples, lengths
 
 
-def pack(rows: list[list[int]], labels: list[list[int]], ignore: int = IGNORE) -> dict[str, Any]:
+def pack(rows: list[list[int]], labels: list[list[int]], multiple: int = 1) -> dict[str, Any]:
     """Samples end to end as one row of model inputs: `(1, tokens)` ids, labels and positions, and the samples' lengths.
 
     The first token of a sample loses its label: nothing before it predicts it. The mask is a 4-D dummy, which
     transformers hands through to `packing.packed_attention` as it is.
+
+    Args:
+        multiple: fill up, with one more sample that has no labels, to a multiple of so many tokens.
     """
+    filler = -sum(map(len, rows)) % multiple
+    if filler:
+        rows, labels = [*rows, [0] * filler], [*labels, [IGNORE] * filler]
     lengths = [len(row) for row in rows]
     return {
         "input_ids": torch.tensor([sum(rows, [])]),
-        "labels": torch.tensor([sum(([ignore] + row[1:] for row in labels), [])]),
+        "labels": torch.tensor([sum(([IGNORE] + row[1:] for row in labels), [])]),
         "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
         "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
         "packed_lengths": lengths,
@@ -75,7 +84,8 @@ class TrainCollator:
     Args:
         only_train_response: no label on the prompt.
         packing: no padding, the samples end to end in one row (`packing.pack`).
-        tasks: task names; adds `tasks`, the position in it of each token's sample's task, in the shape of `labels`.
+        tasks: task names; adds `tasks`, the position in it of each token's sample's task, in the shape of `labels`, and
+            `seen`, how many tokens and samples the batch has.
     """
 
     tokenizer: Any
@@ -92,7 +102,7 @@ class TrainCollator:
             lengths = [0] * len(ids)
         labels = [[IGNORE] * n + row[n:] for row, n in zip(ids, lengths, strict=True)]
         if self.packing:
-            batch = pack(ids, labels, IGNORE)
+            batch = pack(ids, labels, ROUND)
         else:
             batch = {
                 "input_ids": pad(ids, self.tokenizer.pad_token_id),
@@ -102,8 +112,9 @@ class TrainCollator:
         if self.tasks is not None:
             tasks = torch.tensor([self.tasks.index(s["task"]) for s in samples])
             sizes = torch.tensor([len(row) for row in ids])
-            packed = tasks.repeat_interleave(sizes)[None]
-            batch["tasks"] = packed if self.packing else tasks[:, None].expand(batch["labels"].shape)
+            each = F.pad(tasks.repeat_interleave(sizes), (0, batch["labels"].shape[1] - int(sizes.sum())))[None]
+            batch["tasks"] = each if self.packing else tasks[:, None].expand(batch["labels"].shape)
+            batch["seen"] = [int(sizes.sum()), len(samples)]
         return batch
 
 

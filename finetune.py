@@ -80,6 +80,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.deepspeed = None
     elif not Path(args.deepspeed).is_file():
         raise UserError(f"--deepspeed {args.deepspeed}: no such file (none: plain DDP)")
+    if args.select_by != "loss" and not args.eval_ranking:
+        raise UserError(f"--select_by {args.select_by} needs --eval_ranking N")
+    if args.train_new_rows_only and not args.lora:
+        raise UserError("--train_new_rows_only freezes the other weights: add --lora")
     if (args.load_in_4bit or args.load_in_8bit) and not args.lora:
         raise UserError("--load_in_4bit and --load_in_8bit freeze the base weights: add --lora")
     return args
@@ -202,8 +206,8 @@ def training_arguments(args: argparse.Namespace) -> Any:
         eval_delay=1 if args.save_and_eval_strategy == "epoch" else 2000,
         save_total_limit=args.save_total_limit,
         load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
+        metric_for_best_model=f"eval_{args.select_by}",
+        greater_is_better=args.select_by != "loss",
         remove_unused_columns=False,
         ddp_find_unused_parameters=False if world_size() > 1 else None,
         report_to=comma_list(args.report_to),
@@ -212,7 +216,7 @@ def training_arguments(args: argparse.Namespace) -> Any:
 
 
 def load_trainable(
-    args: argparse.Namespace, folder: Path, training: Any, adapter: Path | None = None
+    args: argparse.Namespace, folder: Path, training: Any, item_tokens: list[str], adapter: Path | None = None
 ) -> tuple[Any, Any]:
     """The model in float32 with the item tokens, as a whole or with an adapter (from `adapter`), and its tokenizer."""
     from modeling import attach_lora, load_adapter, load_model, load_tokenizer
@@ -243,7 +247,8 @@ def load_trainable(
         elif args.gradient_checkpointing:
             model.enable_input_require_grads()
         zero3 = bool(args.deepspeed) and training.hf_deepspeed_config.is_zero3()
-        model = attach_lora(model, args, zero3_bf16=zero3 and args.bf16)
+        new = tokenizer.convert_tokens_to_ids(item_tokens) if args.train_new_rows_only else None
+        model = attach_lora(model, args, zero3_bf16=zero3 and args.bf16, new_rows=new)
         model.peft_config["default"].base_model_name_or_path = args.base_model  # what test.py --lora is given
         if adapter is not None:
             load_adapter(model, adapter)
@@ -409,7 +414,7 @@ def prepare(args: argparse.Namespace) -> Run:
         )
     barrier()
     training = training_arguments(args)
-    model, tokenizer = load_trainable(args, folder / PREPARED, training, adapter)
+    model, tokenizer = load_trainable(args, folder / PREPARED, training, data.item_tokens, adapter)
     say(parameter_report(model, len(data.item_tokens)))
     sample = train_set[0]
     say(f"first sample: {json.dumps(sample['prompt'] + sample['response'], ensure_ascii=False)[:600]}")
@@ -422,14 +427,18 @@ def make_trainer(run: Run) -> Any:
     """The trainer, its collator and its log."""
     from transformers import PrinterCallback, ProgressCallback
 
-    from training import Bar, Epochs, RecTrainer, RunLog, check_space, checkpoint_bytes
+    from training import Bar, Epochs, Ranking, RecTrainer, RunLog, check_space, checkpoint_bytes
 
     check_space(run.folder, 2 * checkpoint_bytes(run.model), "a checkpoint and the final model need")
     args, tasks = run.args, list(dict.fromkeys([*run.train_set.names, "seqrec"]))
+    ranking = None
+    if args.eval_ranking > 0:
+        ranking = Ranking(run.valid_set, run.tokenizer, args.eval_ranking, args.per_device_batch_size, args.seed)
     trainer = RecTrainer(
         model=run.model,
         args=run.training,
         tasks=tasks,
+        ranking=ranking,
         train_dataset=run.train_set,
         eval_dataset=run.valid_set,
         data_collator=TrainCollator(

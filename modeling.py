@@ -155,23 +155,33 @@ def prepare_base(
     save_model(model, tokenizer, target)
 
 
-def attach_lora(model: PreTrainedModel, args: Any, zero3_bf16: bool = False) -> Any:
-    """`model` with a LoRA adapter as `args` describe it (bias none; embeddings and head trained whole)."""
+def attach_lora(model: PreTrainedModel, args: Any, zero3_bf16: bool = False, new_rows: list[int] | None = None) -> Any:
+    """`model` with a LoRA adapter as `args` describe it (bias none; embeddings and head trained whole).
+
+    Args:
+        new_rows: train these rows of embeddings and head alone, and `--lora_modules_to_save` not at all.
+    """
     from peft import LoraConfig, TaskType, get_peft_model
 
     tied = model.config.get_text_config().tie_word_embeddings
-    whole = comma_list(args.lora_modules_to_save)
+    whole = comma_list(args.lora_modules_to_save) if new_rows is None else []
     if tied:  # the head is the embedding: train it once
         whole = [name for name in whole if name != "lm_head"]
+    rows = None
+    if new_rows is not None:
+        modules = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
+        ends = [model.get_input_embeddings()] + ([] if tied else [model.get_output_embeddings()])
+        rows = {modules[id(module)]: new_rows for module in ends}
     config = LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
         target_modules=comma_list(args.lora_target_modules),
         modules_to_save=whole or None,
+        trainable_token_indices=rows,
         bias="none",
         task_type=TaskType.CAUSAL_LM,
-        ensure_weight_tying=bool(tied and whole),
+        ensure_weight_tying=bool(tied and (whole or rows)),
     )
     try:
         return get_peft_model(model, config, autocast_adapter_dtype=not zero3_bf16)

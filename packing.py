@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from collator import pack
+from collator import ROUND, pack
 from utils import UserError
 
 PACKED = "packed_sdpa"  # the name of the attention in transformers' registry
@@ -100,11 +100,17 @@ class LabelledHead:
     def _select(self, head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         if self._keep is None:
             return None
-        return (args[0][self._keep][None], *args[1:])
+        hidden = args[0]
+        chosen = self._keep.flatten().nonzero()[:, 0]
+        filler = chosen.new_zeros(-len(chosen) % ROUND)
+        return (hidden.reshape(-1, hidden.shape[-1])[torch.cat([chosen, filler])][None], *args[1:])
 
     @contextmanager
     def only(self, keep: Tensor) -> Iterator[None]:
-        """Within the block logits are `(1, keep.sum(), vocabulary)`: those where the bool `keep` (batch, length) is true."""
+        """Within the block logits are `(1, n, vocabulary)`: first those where the bool `keep` (batch, length) is true.
+
+        Rows of no meaning follow, up to a multiple of `collator.ROUND`.
+        """
         self._keep = keep
         try:
             yield

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import random
 import resource
 import shutil
 import sys
@@ -20,8 +21,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
-from collator import IGNORE
-from packing import LabelledHead
+from collator import IGNORE, TestCollator
+from decoding import ItemTrie, beam_search
+from metrics.ranking import hit, ndcg, rank_of
+from modeling import full_state, item_token_ids
+from packing import PACKED, LabelledHead
 from utils import UserError, is_main, rank, world_size
 
 PARTIAL = ".partial"
@@ -90,6 +94,46 @@ class Epochs(TrainerCallback):
         self.train_set.set_epoch(int(state.epoch or 0))
 
 
+class Ranking:
+    """HR and NDCG of a sample of validation users: constrained beam search over all items, as test.py does it.
+
+    Args:
+        valid_set: the validation samples; each user's first template is used.
+        count: how many users, drawn by `seed`; more than there are: all.
+        batch_size: users per process and call.
+    """
+
+    def __init__(self, valid_set: Any, tokenizer: Any, count: int, batch_size: int, seed: int, num_beams: int = 20):
+        rows = len(valid_set) // valid_set.prompt_num
+        self.users = sorted(random.Random(seed).sample(range(rows), min(count, rows)))
+        self.valid_set, self.tokenizer, self.num_beams, self.batch_size = valid_set, tokenizer, num_beams, batch_size
+        self.trie = ItemTrie(item_token_ids(tokenizer, valid_set.data), tokenizer.eos_token_id)
+
+    def __call__(self, model: Any) -> dict[str, float]:
+        """`{"hit@10": …, "ndcg@10": …}` over the users of all processes, which must all call this."""
+        attention = model.config._attn_implementation
+        model.set_attn_implementation("sdpa" if attention == PACKED else attention)
+        sums = torch.zeros(3, dtype=torch.float64, device=model.device)
+        # as many calls on every process: ZeRO-3 gathers weights together
+        for start in range(rank(), len(self.users) + rank(), self.batch_size * world_size()):
+            users = [self.users[i] for i in range(start, len(self.users), world_size())[: self.batch_size]]
+            for place in self._places(model, users or self.users[:1])[: len(users)]:
+                sums += torch.tensor([hit(place, 10), ndcg(place, 10), 1.0], dtype=torch.float64, device=model.device)
+        model.set_attn_implementation(attention)
+        hits, gains, count = sum_over_processes(sums).tolist()
+        return {"hit@10": hits / count, "ndcg@10": gains / count}
+
+    @torch.no_grad()
+    def _places(self, model: Any, users: list[int]) -> list[int]:
+        """The rank of each user's validation item, from 0; -1 if it is not among the beams."""
+        data, each = self.valid_set.data, self.valid_set.prompt_num
+        batch = TestCollator(self.tokenizer)([self.valid_set[user * each]["prompt"] for user in users])
+        ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
+        items, _ = beam_search(model, self.trie.to(model.device), ids, mask, self.num_beams)
+        targets = [data.canonical[self.valid_set.sample(user).target] for user in users]
+        return [rank_of(target, row) for target, row in zip(targets, items.tolist(), strict=True)]
+
+
 class RecTrainer(Trainer):
     """A `Trainer` whose loss and evaluation know tasks and labelled positions, and whose checkpoints are atomic.
 
@@ -115,13 +159,14 @@ class RecTrainer(Trainer):
         The vocabulary projection is computed at those positions only.
         """
         batch = dict(batch)
-        labels, tasks = batch.pop("labels"), batch.pop("tasks")
+        labels, tasks, _ = batch.pop("labels"), batch.pop("tasks"), batch.pop("seen")
         keep = torch.zeros_like(labels, dtype=torch.bool)
         keep[:, :-1] = labels[:, 1:] != IGNORE
         with self.head.only(keep):
             logits = model(**batch, use_cache=False).logits[0]
         keep = keep[:, :-1]
-        return F.cross_entropy(logits.float(), labels[:, 1:][keep], reduction="none"), tasks[:, 1:][keep]
+        targets = labels[:, 1:][keep]
+        return F.cross_entropy(logits[: len(targets)].float(), targets, reduction="none"), tasks[:, 1:][keep]
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -138,12 +183,7 @@ class RecTrainer(Trainer):
         self._sums = self._sums.to(losses.device)
         self._sums[:, 0].index_add_(0, tasks, losses.double())
         self._sums[:, 1] += torch.bincount(tasks, minlength=len(self.tasks))
-        lengths = inputs.get("packed_lengths")
-        if lengths:
-            self._seen += torch.tensor([sum(lengths), len(lengths)])
-        else:
-            mask = inputs["attention_mask"]
-            self._seen += torch.tensor([float(mask.sum()), len(mask)])
+        self._seen += torch.tensor(inputs["seen"])
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add speed, memory and the loss of each task to the line of a logging step."""
@@ -214,15 +254,15 @@ class RecTrainer(Trainer):
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
+            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+            if best == final or best.is_dir():  # on every process: all load it together at the end
+                self.state.best_model_checkpoint = str(best)
             barrier()
             if is_main():
-                self._finish_checkpoint(folder, final)
+                self._finish_checkpoint(folder, final, best)
         barrier()
 
-    def _finish_checkpoint(self, folder: Path, final: Path) -> None:
-        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-        if best == final or best.is_dir():
-            self.state.best_model_checkpoint = str(best)
+    def _finish_checkpoint(self, folder: Path, final: Path, best: Path) -> None:
         self.state.save_to_json(str(folder / "trainer_state.json"))
         for path in folder.rglob("*"):
             if path.is_file():
@@ -237,8 +277,6 @@ class RecTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The model's part of a checkpoint: an adapter whole; full weights whole unless ZeRO-3 keeps them in its shards."""
-        from modeling import full_state
-
         folder = Path(output_dir or self.args.output_dir)
         peft = hasattr(self.model, "peft_config")
         plugin = self.accelerator.state.deepspeed_plugin

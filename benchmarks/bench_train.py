@@ -1,0 +1,265 @@
+"""Fine-tuning speed and memory: (a) plain Trainer, batches padded to the longest sample; (b) finetune.py --packing.
+
+    python benchmarks/bench_train.py                        # Office if ../shared/data/Office is there, else ml-100k
+    python benchmarks/bench_train.py --processes 1,2 --seeds 3 --samples 512
+    python benchmarks/bench_train.py --data_path ./data --dataset ml-100k     # a dataset with index and user texts
+
+Both train the same tiny LLaMA (the embedded default's size) on the same samples in the same order, with the same optimiser,
+precision and activation checkpointing, in turn and each in processes of its own; with two processes under DeepSpeed ZeRO-3.
+Printed: samples and useful (not padding) tokens a second, peak memory and what of it training added to the loaded model,
+and the loss on the validation set after equal samples. CPU seconds are printed beside the wall clock, since other
+programs on the machine disturb the latter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import finetune  # noqa: E402
+from utils import UserError, is_main, read_json, run_main, write_json  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+OFFICE = ROOT.parent / "shared" / "data" / "Office"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The benchmark's flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_path", help="folder that holds <dataset>/ (default: made from ../shared/data/Office)")
+    parser.add_argument("--dataset", default="Office")
+    parser.add_argument("--processes", default="1,2", help="numbers of processes, by commas")
+    parser.add_argument("--samples", type=int, default=512, help="training samples of each run")
+    parser.add_argument("--batch_size", type=int, default=8, help="samples per process and step")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each kind")
+    parser.add_argument("--no_checkpointing", action="store_true", help="keep activations, in both kinds")
+    parser.add_argument("--output", type=Path, help="write the figures to this JSON file too")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def make_office(folder: Path) -> None:
+    """Office with user texts by rule and, as only the number of tokens matters here, a random index of 4 × 256 codes."""
+    from data_process.user_texts import user_texts
+
+    target = folder / "Office"
+    target.mkdir(parents=True)
+    for name in ("Office.inter.json", "Office.item.json"):
+        (target / name).symlink_to(OFFICE / name)
+    inters, items = read_json(OFFICE / "Office.inter.json"), read_json(OFFICE / "Office.item.json")
+    write_json(
+        target / "Office.user.json", user_texts(inters, [items[str(i)] for i in range(len(items))], 42), indent=None
+    )
+    draw = random.Random(0)
+    write_json(
+        target / "Office.index.json", {i: [f"<{level}_{draw.randrange(256)}>" for level in "abcd"] for i in items}
+    )
+
+
+def worker(job: dict) -> None:
+    """One run, inside a process of its own (or torchrun's): trains and prints its figures as JSON."""
+    flags = [
+        "--base_model",
+        job["base"],
+        "--output_dir",
+        job["out"],
+        "--dataset",
+        job["dataset"],
+        "--seed",
+        str(job["seed"]),
+    ]
+    flags += ["--data_path", job["data_path"], "--only_train_response", "--bf16", "--learning_rate", "1e-3"]
+    flags += ["--per_device_batch_size", str(job["batch_size"]), "--gradient_accumulation_steps", "1"]
+    flags += ["--max_steps", str(job["steps"]), "--report_to", "none", "--valid_prompt_sample_num", "1"]
+    flags += ["--logging_step", "1000000", "--save_and_eval_strategy", "steps", "--save_and_eval_steps", "1000000"]
+    flags += ["--deepspeed", str(ROOT / "config/ds_z3_bf16.json") if job["zero3"] else "none"]
+    flags += ["--packing"] if job["kind"] == "b" else []
+    flags += ["--no-gradient_checkpointing"] if job["no_checkpointing"] else []
+    run = finetune.prepare(finetune.parse(flags))
+    trainer = plain_trainer(run) if job["kind"] == "a" else run.trainer
+    run.training.load_best_model_at_end = False
+    run.training.save_strategy = "no"
+    tokens, clock = useful_tokens(run), make_clock()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    trainer.add_callback(clock)
+    trainer.train()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    figures = {"seconds": clock.wall, "cpu": clock.cpu, "tokens": tokens, "peak": peak, "added": peak - before}
+    figures["loss"] = validation_loss(run, trainer.model_wrapped)
+    if is_main():
+        print("FIGURES " + json.dumps(figures), flush=True)
+
+
+def plain_trainer(run: finetune.Run) -> object:
+    """transformers' own Trainer on padded batches: every logit of every position."""
+    from transformers import PrinterCallback, ProgressCallback, Trainer
+
+    from collator import TrainCollator
+
+    run.model.set_attn_implementation("sdpa")
+    trainer = Trainer(
+        model=run.model,
+        args=run.training,
+        train_dataset=run.train_set,
+        eval_dataset=run.valid_set,
+        data_collator=TrainCollator(run.tokenizer, run.args.model_max_length, True),
+        processing_class=run.tokenizer,
+    )
+    for chatty in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(chatty)
+    return trainer
+
+
+class Clock:
+    """Wall clock and CPU seconds from the end of the first step to the end of the last. Made a callback below."""
+
+    def __init__(self) -> None:
+        self.wall = self.cpu = 0.0
+        self._from: tuple[float, float] | None = None
+
+    def tick(self) -> None:
+        """Called after every step."""
+        now = time.perf_counter(), time.process_time()
+        self._from = self._from or now
+        self.wall, self.cpu = now[0] - self._from[0], now[1] - self._from[1]
+
+
+def make_clock() -> object:
+    """A `Clock` as a callback of the trainer."""
+    from transformers import TrainerCallback
+
+    class Ticker(TrainerCallback, Clock):
+        def on_step_end(self, *_: object, **__: object) -> None:
+            self.tick()
+
+    return Ticker()
+
+
+def useful_tokens(run: finetune.Run) -> float:
+    """Tokens of a mean training sample, padding aside, from 500 of them."""
+    from collator import encode_samples
+
+    draw = random.Random(0)
+    samples = [run.train_set[draw.randrange(len(run.train_set))] for _ in range(500)]
+    rows, _ = encode_samples(run.tokenizer, [s["prompt"] for s in samples], [s["response"] for s in samples], 2048)
+    return sum(map(len, rows)) / len(rows)
+
+
+def validation_loss(run: finetune.Run, model: object) -> float:
+    """Mean loss over the labelled tokens of the first 200 validation samples, computed the plain way in both kinds."""
+    import torch
+
+    from collator import TrainCollator
+
+    collator = TrainCollator(run.tokenizer, run.args.model_max_length, True)
+    total = count = 0.0
+    model.eval()
+    for start in range(0, min(200, len(run.valid_set)), 20):
+        batch = collator([run.valid_set[i] for i in range(start, start + 20)])
+        labelled = int((batch["labels"] != -100).sum())
+        with torch.no_grad():
+            total += model(**batch).loss.item() * labelled
+        count += labelled
+    return total / count
+
+
+def launch(options: argparse.Namespace, job: dict, processes: int) -> dict:
+    """Run a worker on `processes` processes and return its figures."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    command = [*start, str(Path(__file__).resolve()), "--worker", json.dumps(job)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FIGURES ")]
+    if done.returncode or not lines:
+        raise RuntimeError(f"the worker failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return json.loads(lines[0][8:])
+
+
+def compare(options: argparse.Namespace, base: Path, data_path: Path, folder: Path) -> list[dict]:
+    """All runs, (a) and (b) in turn; prints a line for each number of processes."""
+    rows = []
+    for processes in map(int, options.processes.split(",")):
+        runs: dict[str, list[dict]] = {"a": [], "b": []}
+        for seed in range(1, options.seeds + 1):
+            for kind in "ab":
+                steps = max(2, options.samples // (options.batch_size * processes))
+                job = {"kind": kind, "seed": seed, "steps": steps, "zero3": processes > 1, "base": str(base)}
+                job |= {"out": str(folder / f"out-{kind}-{processes}-{seed}"), "dataset": options.dataset}
+                job |= {"data_path": str(data_path), "batch_size": options.batch_size}
+                job |= {"no_checkpointing": options.no_checkpointing}
+                figures = launch(options, job, processes)
+                figures["samples"] = (steps - 1) * options.batch_size * processes
+                runs[kind].append(figures)
+        rows.append(summary(processes, runs))
+        print(table_line(rows[-1]), flush=True)
+    return rows
+
+
+def summary(processes: int, runs: dict[str, list[dict]]) -> dict:
+    """Means over the seeds, and (b) against (a)."""
+    row: dict = {"processes": processes, "runs": runs}
+    for kind, figures in runs.items():
+        mean = {key: sum(f[key] for f in figures) / len(figures) for key in figures[0]}
+        mean["samples_per_second"] = mean["samples"] / mean["seconds"]
+        mean["tokens_per_second"] = mean["samples_per_second"] * mean["tokens"]
+        mean["samples_per_cpu_second"] = mean["samples"] / processes / mean["cpu"]
+        row[kind] = mean
+    names = ("samples_per_second", "samples_per_cpu_second", "peak", "added")
+    row["ratio"] = {name: row["b"][name] / row["a"][name] for name in names}
+    return row
+
+
+def table_line(row: dict) -> str:
+    """One comparison in words."""
+    a, b, ratio = row["a"], row["b"], row["ratio"]
+    return (
+        f"{row['processes']} process(es){', ZeRO-3' if row['processes'] > 1 else ''}: "
+        f"(a) {a['samples_per_second']:.1f} samples/s, {a['tokens_per_second']:,.0f} useful tokens/s, "
+        f"peak {a['peak']:,.0f} MB of which training added {a['added']:,.0f}, validation loss {a['loss']:.3f}; "
+        f"(b) {b['samples_per_second']:.1f} samples/s, {b['tokens_per_second']:,.0f} tokens/s, "
+        f"peak {b['peak']:,.0f} MB, added {b['added']:,.0f}, loss {b['loss']:.3f}; "
+        f"(b)/(a): speed {ratio['samples_per_second']:.2f} (CPU time: {ratio['samples_per_cpu_second']:.2f}), "
+        f"peak {ratio['peak']:.2f}, added {ratio['added']:.2f}"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Make data and base model, then compare."""
+    options = parse(argv)
+    if options.worker:
+        worker(json.loads(options.worker))
+        return
+    from data_process.base_model import main as make_base
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        data_path = Path(options.data_path).resolve() if options.data_path else folder / "data"
+        if not options.data_path:
+            if not OFFICE.is_dir():
+                raise UserError(f"{OFFICE} is not there; name a dataset with --data_path and --dataset")
+            make_office(data_path)
+        make_base(
+            ["tiny", "--target", str(folder / "base"), "--data_path", str(data_path), "--dataset", options.dataset]
+        )
+        rows = compare(options, folder / "base", data_path, folder)
+        if options.output:
+            write_json(options.output, rows)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,162 @@
+"""finetune.py as a user runs it: processes, ZeRO-3, resumption, LoRA, what lies in the output folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import make_model, write_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+TASKS = "seqrec,item2index,index2item,fusionseqrec,itemsearch,preferenceobtain"
+
+
+def command(folder: Path, *flags: str, processes: int = 1, out: str = "out") -> list[str]:
+    """finetune.py on the toy data; flags given here win over those before them."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
+    own = ["--base_model", str(folder / "base"), "--output_dir", str(folder / out), "--dataset", "Toy"]
+    own += ["--data_path", str(folder / "data"), "--per_device_batch_size", "4", "--gradient_accumulation_steps", "1"]
+    own += ["--learning_rate", "1e-3", "--epochs", "2", "--only_train_response", "--train_data_sample_num", "12,4,4,6,3,3"]
+    own += ["--logging_step", "1", "--valid_prompt_sample_num", "1", "--report_to", "none"]
+    return [*start, str(ROOT / "finetune.py"), *own, *flags]
+
+
+def free_port() -> int:
+    return random.randrange(20000, 30000)
+
+
+def run(*args: str, status: int = 0, **more: object) -> str:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(*args, env=env, cwd=ROOT, capture_output=True, text=True, timeout=240, **more)
+    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finetune")
+    make_model("llama", folder / "base")
+    write_dataset(folder / "data")
+    return folder
+
+
+def losses(path: Path) -> list[tuple[int, float]]:
+    state = json.loads((path / "trainer_state.json").read_text())
+    return [(row["step"], row["loss"]) for row in state["log_history"] if "loss" in row]
+
+
+def evaluations(path: Path) -> dict[int, float]:
+    state = json.loads((path / "trainer_state.json").read_text())
+    return {row["step"]: row["eval_loss"] for row in state["log_history"] if "eval_loss" in row}
+
+
+def loss_of(model: torch.nn.Module, tokenizer: object, folder: Path) -> float:
+    """The validation loss, sample by sample, without any of the training's code for it."""
+    from data import HistoryFormat, ValidSet, load_data
+    from prompt import load_prompts
+
+    data = load_data(str(folder / "data"), "Toy", ".index.json")
+    valid = ValidSet(data, load_prompts(None), HistoryFormat(), 42, prompt_num=1)
+    total = count = 0.0
+    for number in range(len(valid)):
+        sample = valid[number]
+        prompt = tokenizer(sample["prompt"])["input_ids"]
+        whole = tokenizer(sample["prompt"] + sample["response"])["input_ids"] + [tokenizer.eos_token_id]
+        labels = [-100] * len(prompt) + whole[len(prompt) :]
+        with torch.no_grad():
+            total += model(torch.tensor([whole]), labels=torch.tensor([labels])).loss.item() * (len(whole) - len(prompt))
+        count += len(whole) - len(prompt)
+    return total / count
+
+
+@pytest.mark.slow
+def test_two_processes_with_zero3_from_finetune_to_a_plain_model(world):
+    text = run(command(world, "--bf16", "--packing", "--learning_rate", "3e-2", processes=2))
+    assert "the 14 item-token rows train, in embeddings and head" in text
+    assert "Warning" not in text, text
+    folder = world / "out"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert load_file(folder / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
+
+    # what lies in the folder is the best checkpoint, not the last
+    scores = evaluations(max(folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:])))
+    assert len(scores) == 2
+    assert loss_of(model, tokenizer, world) == pytest.approx(min(scores.values()), abs=0.03)
+    assert abs(scores[min(scores)] - scores[max(scores)]) > 0.06, "the test needs two different evaluations"
+
+    # the rows of the item tokens moved
+    from modeling import add_item_tokens, grow_vocabulary, load_model, load_tokenizer
+
+    base, names = load_model(world / "base"), load_tokenizer(world / "base")
+    tokens = sorted({f"<a_{i}>" for i in range(5)} | {f"<b_{i}>" for i in range(6)} | {f"<c_{i}>" for i in range(3)})
+    ids = add_item_tokens(names, tokens)
+    torch.manual_seed(42)
+    grow_vocabulary(base, names, ids)
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        before, after = getattr(base, get)().weight[ids], getattr(model, get)().weight[ids]
+        moved = (before - after).abs().amax(1) > 1e-3
+        assert bool(moved.all()), (get, moved)
+    log = (folder / "train.log").read_text()
+    assert "tokens/s" in log and "loss_itemsearch" in log and "eval_loss" in log
+    assert not list(folder.glob(".*")) and not (folder / "base_with_item_tokens").exists()
+
+
+@pytest.mark.slow
+def test_kill_minus_nine_then_resume_equals_the_run_without_interruption(world):
+    flags = ["--deepspeed", "none", "--save_and_eval_strategy", "epoch", "--epochs", "3"]
+    run(command(world, *flags, out="whole"))
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    victim = subprocess.Popen(
+        command(world, *flags, "--resume_from_checkpoint", "auto", out="cut"),
+        env=env,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    log = world / "cut" / "train.log"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (log.is_file() and "step 12/" in log.read_text()):
+        time.sleep(0.02)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert not (world / "cut" / "config.json").exists(), "it was killed too late"
+    unfinished = world / "cut" / ".checkpoint-99.partial"  # a save that was cut off
+    unfinished.mkdir()
+    text = run(command(world, *flags, "--resume_from_checkpoint", "auto", out="cut"))
+    assert "resuming from" in text and "checkpoint-8" in text
+    assert not unfinished.exists()
+    last = max((world / "whole").glob("checkpoint-*"), key=lambda path: int(path.name[11:])).name
+    assert losses(world / "whole" / last) == losses(world / "cut" / last)
+    one, other = (load_file(world / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.slow
+def test_changed_data_and_flags_are_refused_on_resume(world):
+    flags = ["--deepspeed", "none", "--epochs", "1", "--tasks", "seqrec", "--train_prompt_sample_num", "1"]
+    flags += ["--train_data_sample_num", "8"]
+    run(command(world, *flags, out="once"))
+    again = [*flags, "--resume_from_checkpoint", "auto"]
+    text = run(command(world, *again, "--max_his_len", "3", out="once"), status=2)
+    assert "error: --max_his_len is 3, but the run to go on with had 20" in text and "Traceback" not in text
+    items = world / "data" / "Toy" / "Toy.item.json"
+    before = items.read_text()
+    try:
+        items.write_text(before.replace("made to last", "made to break"))
+        assert "Toy.item.json has changed since the run began" in run(command(world, *again, out="once"), status=2)
+    finally:
+        items.write_text(before)
+    assert "holds a run already" in run(command(world, *flags, out="once"), status=2)

@@ -1,0 +1,117 @@
+"""Packing and the labelled head change what is computed, never the result."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_models import ARCHITECTURES, make_model
+
+from collator import IGNORE, pack
+from packing import PACKED, LabelledHead, check_packing, packed_attention
+from utils import UserError
+
+
+def rows_of(model: torch.nn.Module, lengths: tuple[int, ...]) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    size = model.get_input_embeddings().weight.shape[0]
+    return [torch.randint(size, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_packed_logits_and_gradients_are_those_of_samples_alone(name, tmp_path):
+    model = make_model(name, tmp_path / "base").train()
+    if name == "gpt2":  # dropout
+        model.eval()
+    rows = rows_of(model, (9, 80, 1, 30))  # 80 is beyond mistral's window of 64
+    labels = [[IGNORE] * (len(row) // 2) + row[len(row) // 2 :] for row in rows]
+
+    total, count = 0.0, 0
+    for row, label in zip(rows, labels, strict=True):
+        logits = model(torch.tensor([row]), use_cache=False).logits[0, :-1]
+        total = total + F.cross_entropy(
+            logits, torch.tensor(label[1:], dtype=torch.long), ignore_index=IGNORE, reduction="sum"
+        )
+        count += sum(value != IGNORE for value in label[1:])
+    (total / count).backward()
+    wanted = {key: p.grad.clone() for key, p in model.named_parameters()}
+    model.zero_grad()
+
+    model.set_attn_implementation(PACKED)
+    head = LabelledHead(model)
+    batch = pack(rows, labels)
+    targets = batch.pop("labels")
+    keep = torch.zeros_like(targets, dtype=torch.bool)
+    keep[:, :-1] = targets[:, 1:] != IGNORE
+    with head.only(keep):
+        logits = model(**batch, use_cache=False).logits
+    assert logits.shape[1] < 64 + count <= model_positions(rows) + 64
+    loss = F.cross_entropy(logits[0, :count], targets[:, 1:][keep[:, :-1]])
+    loss.backward()
+    assert loss.item() == pytest.approx((total / count).item(), abs=1e-5)
+    for key, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[key], atol=1e-5, rtol=1e-3, msg=key)
+
+
+def test_no_sample_sees_another(tmp_path):
+    model = make_model("llama", tmp_path / "base").eval()
+    model.set_attn_implementation(PACKED)
+    rows = rows_of(model, (6, 7, 5))
+    other = [rows[0], [(token + 1) % 300 for token in rows[1]], rows[2]]
+    with torch.no_grad():
+        before, after = (model(**without_labels(pack(r, r)), use_cache=False).logits[0] for r in (rows, other))
+    assert torch.equal(before[:6], after[:6]) and torch.equal(before[13:], after[13:])
+    assert not torch.allclose(before[6:13], after[6:13])
+
+
+def model_positions(rows: list[list[int]]) -> int:
+    return sum(map(len, rows))
+
+
+def without_labels(batch: dict) -> dict:
+    return {key: value for key, value in batch.items() if key != "labels"}
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_padded_form_for_gpus_equals_the_form_for_cpus(window):
+    import packing
+
+    class Layer(torch.nn.Module):
+        num_key_value_groups = 2
+        is_causal = True
+
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, 20, 8), torch.randn(1, 2, 20, 8), torch.randn(1, 2, 20, 8)
+    lengths = [3, 11, 6]
+    wanted = packed_attention(Layer(), q, k, v, None, lengths, window)[0]
+    padded = packing._padded_attention(Layer(), q, k, v, lengths, window, {"is_causal": True})
+    torch.testing.assert_close(padded, wanted)
+
+
+def test_batches_that_are_not_packed_are_masked_as_usual(tmp_path):
+    model = make_model("llama", tmp_path / "base").eval()
+    ids = torch.tensor([[5, 6, 7, 8], [9, 9, 5, 6]])
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    with torch.no_grad():
+        wanted = model(ids, attention_mask=mask).logits
+        model.set_attn_implementation(PACKED)
+        got = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(got[mask.bool()], wanted[mask.bool()])
+
+
+def test_a_model_that_mixes_packed_samples_is_refused(tmp_path):
+    model = make_model("llama", tmp_path / "base")
+    model.model.layers[0].register_forward_hook(lambda _, __, out: out + out.mean(1, keepdim=True))
+    with pytest.raises(UserError, match="--packing: LlamaForCausalLM does not keep packed samples apart"):
+        check_packing(model)
+
+
+def test_rows_are_laid_end_to_end_and_first_tokens_have_no_label():
+    batch = pack([[5, 6, 7], [8, 9]], [[5, 6, 7], [IGNORE, 9]])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
+    assert batch["labels"].tolist() == [[IGNORE, 6, 7, IGNORE, 9]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert batch["packed_lengths"] == [3, 2]
+    filled = pack([[5, 6, 7], [8, 9]], [[5, 6, 7], [IGNORE, 9]], multiple=4)
+    assert filled["input_ids"].tolist() == [[5, 6, 7, 8, 9, 0, 0, 0]] and filled["packed_lengths"] == [3, 2, 3]
+    assert filled["labels"].tolist() == [[IGNORE, 6, 7, IGNORE, 9, IGNORE, IGNORE, IGNORE]]

@@ -1,0 +1,116 @@
+"""Tiny models of the architectures that fine-tuning must handle, made from their configurations, and a small dataset."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+TEXT = 300  # text tokens of the tokenizers
+_SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+_SMALL |= {"num_key_value_heads": 2, "max_position_embeddings": 512, "vocab_size": TEXT}
+
+# name → (configuration, tokenizer kind, rows of the embedding beyond the tokenizer)
+ARCHITECTURES = {
+    "llama": (LlamaConfig(**_SMALL, tie_word_embeddings=False), "sentencepiece", 0),
+    "mistral": (MistralConfig(**_SMALL, sliding_window=64), "sentencepiece", 0),
+    "qwen2": (Qwen2Config(**_SMALL), "bpe", 20),
+    "qwen3": (Qwen3Config(**_SMALL, head_dim=8), "bpe", 20),
+    "gemma": (GemmaConfig(**_SMALL, head_dim=8, tie_word_embeddings=True), "sentencepiece", 0),
+    "smollm": (LlamaConfig(**_SMALL, tie_word_embeddings=True), "bpe", 50),
+    "gpt2": (GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=TEXT, n_positions=512), "bpe", 0),
+}
+
+
+def corpus() -> list[str]:
+    """Enough text for a tokenizer: English letters, the prompts' words, titles."""
+    import prompt
+
+    texts = [template["instruction"] for rows in prompt.all_prompt.values() for template in rows]
+    return [*texts, prompt.sft_prompt, *(title(i) for i in range(40))]
+
+
+def title(item: int) -> str:
+    """The title of an item of `write_dataset`."""
+    words = ("red", "blue", "small", "steel", "paper", "desk", "lamp", "pen", "box", "chair")
+    return f"{words[item % 10]} {words[(item * 7 + 3) % 10]} no {item}"
+
+
+def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """`sentencepiece`: LLaMA-like, unknown token 0, BOS and EOS, metaspace; `bpe`: byte-level without BOS, pad is EOS."""
+    if kind == "bpe":
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=TEXT, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        )
+        tokenizer.train_from_iterator(corpus(), trainer)
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    tokenizer.train_from_iterator(
+        corpus(), trainers.BpeTrainer(vocab_size=TEXT, special_tokens=["<unk>", "<s>", "</s>"])
+    )
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def make_model(name: str, target: Path, seed: int = 0) -> PreTrainedModel:
+    """Write a tiny base model of architecture `name`, with its tokenizer, to `target`; returns the model (float32)."""
+    config, kind, spare = ARCHITECTURES[name]
+    tokenizer = make_tokenizer(kind)
+    torch.manual_seed(seed)
+    config = type(config).from_dict(config.to_dict() | {"vocab_size": len(tokenizer) + spare})
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    config.pad_token_id = None
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return model
+
+
+def write_dataset(folder: Path, name: str = "Toy", users: int = 24, items: int = 30, seed: int = 0) -> Path:
+    """A dataset with every file of the six tasks in `folder/name/`; returns `folder`."""
+    draw = random.Random(seed)
+    target = folder / name
+    target.mkdir(parents=True)
+    inters = {str(u): draw.sample(range(items), draw.randint(4, 9)) for u in range(users)}
+    intention = {
+        u: {"item": row[-3], "inters": row[:-3], "querys": [f"something {row[-3]}", "a good thing"]}
+        for u, row in inters.items()
+    }
+    test = {
+        u: {"item": row[-1], "inters": row[:-1], "querys": [f"something {row[-1]}", "a good thing"]}
+        for u, row in inters.items()
+    }
+    files = {
+        "inter": inters,
+        "item": {
+            str(i): {"title": title(i), "description": f"This is the {title(i)}, made to last."} for i in range(items)
+        },
+        "index": {str(i): [f"<a_{i % 5}>", f"<b_{i // 5}>", f"<c_{i % 3}>"] for i in range(items)},
+        "user": {
+            "user_explicit_preference": {u: ["likes red things", "wants it small"] for u in inters},
+            "user_vague_intention": {"train": intention, "test": test},
+        },
+    }
+    for kind, content in files.items():
+        (target / f"{name}.{kind}.json").write_text(json.dumps(content))
+    return folder
