@@ -199,6 +199,18 @@ def test_checkpoint_is_scanned_before_deepspeed_or_the_trainer_unpickles(checkpo
     assert not (checkpoint.parent / "final-checkpoint-2").exists()
 
 
+@pytest.mark.parametrize("place", ["optimizer state", "training arguments", "random state"])
+def test_resuming_a_run(checkpoint, witness, place):
+    from finetune import find_resume
+
+    (checkpoint / "trainer_state.json").write_text("{}")
+    args = argparse.Namespace(resume_from_checkpoint=str(checkpoint), lora=False)
+    assert find_resume(args, checkpoint.parent)[0] == checkpoint
+    write_bomb(checkpoint / SHARDS[place], witness)
+    with pytest.raises(UserError, match="would run foreign code when loaded"):
+        find_resume(args, checkpoint.parent)
+
+
 def test_convert_sh_goes_on_and_reports(checkpoint, witness):
     write_bomb(checkpoint / SHARDS["optimizer state"], witness)
     result = run_script(
