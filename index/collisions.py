@@ -200,6 +200,8 @@ def assign_free(
         UserError: fewer indices than items.
     """
     sizes = [len(book) for book in codebooks]
+    if len(items) == 0:
+        return codes.copy(), 0, 0
     if len(codes) > math.prod(sizes):
         raise UserError(f"{len(codes)} items but only {math.prod(sizes)} indices; train with more levels or codes")
     codes = codes.copy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from collisions import Resolution, assign_free, nearest_codes, quantised
 from common import UserError, read_json
 from embeddings import Embeddings
 from figures import collision_groups
-from methods import Options, encode, load_model
+from methods import Options, draw_distinct, encode, load_model, to_codes, to_number
 
 TOKEN = re.compile(r"<([a-z])_(\d+)>")
 
@@ -29,7 +30,11 @@ def read_index(path: str | Path) -> np.ndarray:
     rows = []
     for item in range(len(content)):
         tokens = content.get(str(item))
-        matches = [TOKEN.fullmatch(token) if isinstance(token, str) else None for token in tokens or []]
+        matches = (
+            [TOKEN.fullmatch(token) if isinstance(token, str) else None for token in tokens]
+            if isinstance(tokens, list)
+            else []
+        )
         if not matches or any(m is None or m[1] != chr(ord("a") + level) for level, m in enumerate(matches)):
             raise UserError(f'{path}: item "{item}" has {tokens!r}; expected tokens such as "<a_1>", "<b_2>", …')
         rows.append([int(match[2]) for match in matches])
@@ -55,7 +60,9 @@ def mean_codebooks(latents: torch.Tensor, codes: np.ndarray) -> list[torch.Tenso
     return books
 
 
-def extend(old: np.ndarray, embeddings: Embeddings, options: Options, source: str) -> Resolution:
+def extend(
+    old: np.ndarray, embeddings: Embeddings, options: Options, source: str, *, at_random: bool = False
+) -> Resolution:
     """Codes for all rows of `embeddings`: the first ones keep `old`, the others get free combinations of its codes.
 
     A new item gets the nearest combination; where that is taken, the nearest free one by the same exact assignment that
@@ -67,6 +74,7 @@ def extend(old: np.ndarray, embeddings: Embeddings, options: Options, source: st
         options: with `ckpt_path` the RQ-VAE that made the old index; without, distances are taken between embeddings and
             the means of the items that have a code.
         source: the old index file's name, for messages.
+        at_random: draw the free combinations, as `--method random` does.
 
     Raises:
         UserError: one level only, no new rows, rows that are not the old items', codes that the RQ-VAE lacks, or
@@ -81,6 +89,21 @@ def extend(old: np.ndarray, embeddings: Embeddings, options: Options, source: st
         )
     used = [np.unique(old[:, level]) for level in range(old.shape[1])]
     dense = np.stack([np.searchsorted(codes, old[:, level]) for level, codes in enumerate(used)], axis=1)
+    if at_random:
+        new = _draw_free(dense, [len(codes) for codes in used], len(embeddings) - count, options.seed)
+        result = Resolution(np.concatenate([dense, new]), [0])
+    else:
+        result = _nearest_free(dense, used, embeddings, options, source)
+    result.codes = np.stack([codes[result.codes[:, level]] for level, codes in enumerate(used)], axis=1)
+    assert np.array_equal(result.codes[:count], old)
+    return result
+
+
+def _nearest_free(
+    dense: np.ndarray, used: list[np.ndarray], embeddings: Embeddings, options: Options, source: str
+) -> Resolution:
+    """`dense` (old items, levels), codes numbered within `used`, with rows of the same kind for the new items."""
+    count = len(dense)
     if options.ckpt_path:
         model, _ = load_model(options.ckpt_path, embeddings.device)
         books = [level.embedding.weight.detach() for level in model.rq.vq_layers]
@@ -96,14 +119,19 @@ def extend(old: np.ndarray, embeddings: Embeddings, options: Options, source: st
     groups = collision_groups(codes)
     pending = np.array(sorted(int(item) for group in groups for item in group if item >= count), dtype=np.int64)
     wide = latents[torch.from_numpy(pending).to(latents.device)].cpu().double().numpy()
-    wide_books = [book.cpu().double().numpy() for book in books]
-    new, full, greedy = assign_free(codes, wide, wide_books, pending)
+    new, full, greedy = assign_free(codes, wide, [book.cpu().double().numpy() for book in books], pending)
     moved = int((new != codes).any(1).sum())
-    result = np.stack([codes_of[new[:, level]] for level, codes_of in enumerate(used)], axis=1)
-    assert np.array_equal(result[:count], old)
-    return Resolution(
-        result, [len(pending)], moved_on_last_level=moved - full, moved_to_other_prefix=full, greedy=greedy
-    )
+    return Resolution(new, [len(pending)], moved_on_last_level=moved - full, moved_to_other_prefix=full, greedy=greedy)
+
+
+def _draw_free(taken: np.ndarray, sizes: list[int], count: int, seed: int) -> np.ndarray:
+    """`count` different random indices that are not among `taken`: int64 (count, levels)."""
+    keys = {to_number(row, sizes) for row in taken.tolist()}
+    total = math.prod(sizes)
+    if count > total - len(keys):
+        raise UserError(f"{count} new items but only {total - len(keys)} free combinations of tokens in use")
+    drawn = draw_distinct(range(total), min(total, count + len(keys)), seed)
+    return np.array([to_codes(key, sizes) for key in drawn if key not in keys][:count], dtype=np.int64)
 
 
 def _check_same_items(
@@ -113,7 +141,7 @@ def _check_same_items(
     vectors = quantised(codes, books)
     own = ((latents - vectors) ** 2).sum(-1).mean()
     others = ((latents.roll(1, 0) - vectors) ** 2).sum(-1).mean()
-    if not own < others:
+    if not own < 0.9 * others:
         raise UserError(
             f"{embeddings.path}: its first {len(codes)} rows are not the items of {source}; "
             "it must hold all items, the old ones first and in their order"

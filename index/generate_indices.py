@@ -116,7 +116,7 @@ def make(args: argparse.Namespace, embeddings: Embeddings) -> Index:
     old = read_index(args.extend)
     sizes = (old.max(0) + 1).tolist()
     source = {"extends": args.extend, "old_items": len(old), "new_items": len(embeddings) - len(old)}
-    return Index(sizes, extend(old, embeddings, options, args.extend), source=source)
+    return Index(sizes, extend(old, embeddings, options, args.extend, at_random=args.method == "random"), source=source)
 
 
 def report_of(args: argparse.Namespace, index: Index, embeddings: Embeddings) -> dict[str, Any]:

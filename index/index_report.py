@@ -70,6 +70,7 @@ def draw(path: Path, codes: np.ndarray, sizes: Sequence[int], purity: dict[str, 
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     figure, ((usage, prefixes), (groups, alike)) = pyplot.subplots(2, 2, figsize=(12, 8), layout="constrained")
     for level, size in enumerate(sizes):
@@ -82,14 +83,16 @@ def draw(path: Path, codes: np.ndarray, sizes: Sequence[int], purity: dict[str, 
         prefixes.plot(np.arange(1, len(counts) + 1), counts, label=f"first {depth}: {len(counts)} prefixes")
     prefixes.set(title="Items under each prefix", xlabel="prefix", ylabel="items", xscale="log", yscale="log")
     prefixes.legend()
-    counts = np.bincount(np.unique(index_keys(codes), return_counts=True)[1])
+    counts = np.bincount(np.unique(index_keys(codes), return_counts=True)[1], minlength=6)
     groups.bar(range(1, len(counts)), counts[1:])
-    groups.set(title="Items that share one index", xlabel="items of an index", ylabel="indices", yscale="log")
+    groups.set(title="Items that share one index", xlabel="items of an index", ylabel="indices")
+    groups.set(yscale="log", ylim=(0.5, None))
     for name, rows in purity.items():
         depths = [row["prefix_levels"] for row in rows]
         line = alike.plot(depths, [row["share"] for row in rows], marker="o", label=name)[0]
         alike.plot(depths, [row["chance"] for row in rows], "--", color=line.get_color(), label=f"{name}, by chance")
     alike.set(title="Items under one prefix that are alike", xlabel="levels of the prefix", ylabel="share", ylim=(0, 1))
+    alike.xaxis.set_major_locator(MaxNLocator(integer=True))
     if purity:
         alike.legend()
     with atomic_path(path) as temporary:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -133,12 +134,25 @@ def rqkmeans(embeddings: Embeddings, options: Options) -> Index:
 def random_codes(embeddings: Embeddings, options: Options) -> Index:
     """Different random codes for every item, drawn from the seed."""
     sizes = list(options.num_emb_list)
-    numbers = draw_distinct(range(int(np.prod(sizes, dtype=object))), len(embeddings), options.seed)
-    codes = np.empty((len(numbers), len(sizes)), dtype=np.int64)
-    for row, number in enumerate(numbers):
-        for level in reversed(range(len(sizes))):
-            number, codes[row, level] = divmod(number, sizes[level])
-    return Index(sizes, Resolution(codes, [0]))
+    numbers = draw_distinct(range(math.prod(sizes)), len(embeddings), options.seed)
+    return Index(sizes, Resolution(np.array([to_codes(number, sizes) for number in numbers], dtype=np.int64), [0]))
+
+
+def to_codes(number: int, sizes: Sequence[int]) -> list[int]:
+    """The codes of the index with this number among all, in mixed radix (the last level counts fastest)."""
+    codes = []
+    for size in reversed(sizes):
+        number, code = divmod(number, size)
+        codes.append(code)
+    return codes[::-1]
+
+
+def to_number(codes: Sequence[int], sizes: Sequence[int]) -> int:
+    """The inverse of `to_codes`."""
+    number = 0
+    for code, size in zip(codes, sizes, strict=True):
+        number = number * size + code
+    return number
 
 
 def draw_distinct(population: Sequence[int], count: int, seed: int) -> list[int]:

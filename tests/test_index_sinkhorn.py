@@ -111,6 +111,19 @@ def test_kernel_products_equal_the_words_of_the_algorithm() -> None:
     assert torch.equal(sinkhorn.sinkhorn_codes(distances, 0.003, 50), plan.argmax(1))
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5, 40])
+def test_of_equal_entries_the_nearest_code(rows: int) -> None:
+    """Fewer rows than codes: a row holds several codes wholly; rounding errors must not choose between them."""
+    distances = torch.rand(rows, 16, generator=torch.Generator().manual_seed(rows), dtype=torch.float64)
+    plan = naive_plan(sinkhorn.center_distances(distances), 0.003, 50)
+    codes = sinkhorn.sinkhorn_codes(distances, 0.003, 50)
+    for row, code in enumerate(codes.tolist()):
+        equals = (plan[row] >= plan[row].max() * (1 - 1e-9)).nonzero().flatten()
+        assert code == equals[distances[row, equals].argmin()]
+    if rows == 1:
+        assert codes[0] == distances[0].argmin()
+
+
 def test_batches_are_independent() -> None:
     distances = torch.rand(5, 7, 16, dtype=torch.float64)
     together = sinkhorn.sinkhorn_codes(distances, 0.003, 50)

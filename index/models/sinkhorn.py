@@ -12,6 +12,8 @@ import math
 
 import torch
 
+EQUAL = 1e-9  # entries of a plan that differ by less than this (relatively) do so by rounding only
+
 
 def center_distances(distances: torch.Tensor) -> torch.Tensor:
     """`distances` mapped linearly to about [-1, 1] over the last two dimensions (B, K); any leading ones are batches."""
@@ -74,10 +76,15 @@ def log_plan(distances: torch.Tensor, epsilon: float, rounds: int) -> torch.Tens
 def sinkhorn_codes(distances: torch.Tensor, epsilon: float, rounds: int) -> torch.Tensor:
     """Each row's code: the largest entry of its row in the plan, computed in float64.
 
+    A batch with fewer rows than codes gives a row several codes wholly, as in the collision rounds: their entries are
+    1/K each but for rounding errors, which would decide. Of such equals the nearest code is taken, on any machine.
+
     Args:
         distances: (…, B, K) squared distances, not centred; leading dimensions are batches of their own.
 
     Returns:
         int64 (…, B).
     """
-    return log_plan(center_distances(distances).double(), epsilon, rounds).argmax(-1)
+    plan = log_plan(center_distances(distances).double(), epsilon, rounds)
+    largest = plan >= plan.amax(-1, keepdim=True) - EQUAL
+    return torch.where(largest, distances, torch.inf).argmin(-1)
