@@ -17,13 +17,12 @@ recipe() {
   case "$1" in Games | Arts | Instruments) return ;; esac
   if [ -n "$2" ]; then return; fi
   # A model that starts from nothing learns from every token, not from the responses alone.
-  INDEX_RECIPE="--num_emb_list 64 64 64 --sk_epsilons 0 0 0.003 --batch_size 512 --epochs 200 --warmup_epochs 10
-    --layers 512 256 128 --eval_step 20 --weight_decay 1e-4 --lr_scheduler_type linear"
+  INDEX_RECIPE="--preset fast --num_emb_list 64 64 64 --sk_epsilons 0 0 0.003 --layers 512 256 128"
   BASE_RECIPE="--hidden_size 128 --layers 4 --heads 4 --vocab_size 2000"
-  FINETUNE_RECIPE="--per_device_batch_size 16 --gradient_accumulation_steps 1 --learning_rate 3e-3 --epochs 1
-    --weight_decay 0.01 --warmup_ratio 0.05 --logging_step 50 --no-gradient_checkpointing --max_his_len 20
+  FINETUNE_RECIPE="--per_device_batch_size 8 --gradient_accumulation_steps 1 --learning_rate 4e-3 --epochs 1
+    --weight_decay 0.01 --warmup_ratio 0.05 --logging_step 100 --no-gradient_checkpointing --packing
     --tasks seqrec,item2index,index2item,fusionseqrec,itemsearch,preferenceobtain
-    --train_prompt_sample_num 1,1,1,1,1,1 --train_data_sample_num 15000,0,0,2000,0,0"
-  TEST_RECIPE="--num_beams 20 --test_batch_size auto --test_prompt_ids 0 --max_his_len 20"
+    --train_prompt_sample_num 1,1,1,1,1,1 --train_data_sample_num 12000,0,0,1000,0,0 --eval_ranking 300"
+  TEST_RECIPE="--num_beams 20 --test_batch_size auto --test_prompt_ids 0"
   TEST_NPROC=1
 }

@@ -100,7 +100,7 @@ def test_the_papers_commands(tmp_path):
         ("test.py --data_path {data} --dataset Toy --ckpt_path {base} --test_task Typo", "SeqRec, ItemSearch"),
         ("test.py --data_path {data} --dataset Toy --ckpt_path {base} --test_prompt_ids 17", "templates 0 to 16"),
         ("evaluate.py --predictions {data}/nope.jsonl", "nope.jsonl"),
-        ("index/main.py --data_path {data}/nope.npy", "nope.npy"),
+        ("index/main.py --data_path {data}/nope.npy --ckpt_dir {data}/rq", "nope.npy"),
         ("data_process/user_texts.py --data_path {data} --dataset Nope", "no such file"),
     ],
 )
