@@ -25,19 +25,18 @@ class Embeddings:
     Args:
         path: `.npy`, (items, dim), float16, float32 or float64.
         device: where batches are wanted.
-        resident_bytes: largest size (as float32) to hold on the device.
 
     Raises:
         UserError: no such file, not a plain `.npy`, wrong shape or dtype, empty, not finite, or all rows equal.
     """
 
-    def __init__(self, path: str | Path, device: torch.device, resident_bytes: int = RESIDENT_BYTES) -> None:
+    def __init__(self, path: str | Path, device: torch.device) -> None:
         self.path = Path(path)
         self.device = device
         self.array = _open(self.path)
         _check_values(self.array, self.path)
         self.resident: torch.Tensor | None = None
-        if self.array.size * 4 <= resident_bytes:
+        if self.array.size * 4 <= RESIDENT_BYTES:
             self.resident = torch.from_numpy(np.array(self.array, dtype=np.float32)).to(device)
 
     def __len__(self) -> int:

@@ -54,7 +54,7 @@ PRESETS = {
         "eval_step": 5,
         "weight_decay": 1e-4,
         "lr_scheduler_type": "linear",
-        "start": "pca",
+        "init": "pca",
         "kmeans_rows": "all",
         "balance_rounds": 2,
     },
@@ -94,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     presets = "paper (its published settings) or fast (other start, smaller batches, 20 epochs); flags overrule it"
     add("--preset", choices=PRESETS, help=presets)
     starts = "encoder and decoder start at random weights or at the data's principal components (random)"
-    add("--start", choices=["random", "pca"], default="random", help=starts)
+    add("--init", choices=["random", "pca"], default="random", help=starts)
     rows = "k-means sees the first batch, or all items before training (batch)"
     add("--kmeans_rows", choices=["batch", "all"], default="batch", help=rows)
     balance = (
@@ -151,8 +151,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--num_emb_list needs two codes a level at least, --layers widths of 1 at least")
     if len(args.num_emb_list) > 26:
         raise UserError("--num_emb_list: 26 levels at most, a letter each")
-    if args.start == "pca" and (args.bn or min(args.layers) < 2):
-        raise UserError("--start pca: needs hidden layers of 2 units at least and no batch normalisation")
+    if args.init == "pca" and (args.bn or min(args.layers) < 2):
+        raise UserError("--init pca: needs hidden layers of 2 units at least and no batch normalisation")
     if args.kmeans_rows == "all" and not args.kmeans_init:
         raise UserError("--kmeans_rows all: contradicts --kmeans_init False")
     if len(args.sk_epsilons) != len(args.num_emb_list):
@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     embeddings = Embeddings(args.data_path, device)
     if content is None:
         model = RQVAE(embeddings.dim, RQVAEConfig.from_args(args)).to(device)
-        pca, all_rows = args.start == "pca", args.kmeans_rows == "all"
+        pca, all_rows = args.init == "pca", args.kmeans_rows == "all"
         start(model, embeddings, processes, components=pca, all_rows=all_rows, balance_rounds=args.balance_rounds)
     else:
         model = model_from_checkpoint(content, state)
