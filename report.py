@@ -5,7 +5,8 @@
 
 Reads `<stem>.predictions.jsonl` beside each results file; the metrics are computed anew from it. References are computed
 here: `random` (its expectation), `popularity` (how often an item occurs in the training parts), and `popularity, unseen`,
-which leaves out what the user has interacted with before. Writes `<first stem>.table.md`.
+which leaves out what the user has interacted with before. Writes `<first stem>.table.md`
+(or `--table_file`).
 """
 
 from __future__ import annotations
@@ -118,6 +119,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add_data(parser)
     parser.add_argument("--results_file", nargs="+", required=True, type=Path, help="results of test.py or test_ddp.py")
+    parser.add_argument(
+        "--table_file", type=Path, help="where the table goes; default: <first stem>.table.md beside it"
+    )
     parser.add_argument("--metrics", default=METRIC_NAMES, help="hit@k and ndcg@k, by commas")
     args = parser.parse_args(argv)
     data = load_data(args.data_path, args.dataset, args.index_file)
@@ -127,11 +131,13 @@ def main(argv: list[str] | None = None) -> None:
         if task != "seqrec":
             raise UserError(f"{path}: is of the task {task}; the references are for seqrec")
         ranks = model_ranks(path.with_name(f"{path.stem}.predictions.jsonl"))
+        if ranks.shape[1] != len(data.inters):
+            say(f"note: {path} has {ranks.shape[1]} of the {len(data.inters)} users; the references have all")
         label = "LC-Rec" if len(args.results_file) == 1 else f"LC-Rec ({path.parent.name}/{path.stem})"
         rows[label] = values(ranks, args.metrics)
     text = table(rows, args.metrics)
     note = f"{data.name}: {len(data.inters):,} users, all {len(data.titles):,} items ranked; brackets: 95 % bootstrap over users."
-    target = args.results_file[0].with_name(f"{args.results_file[0].stem}.table.md")
+    target = args.table_file or args.results_file[0].with_name(f"{args.results_file[0].stem}.table.md")
     with atomic_path(target) as temporary:
         temporary.write_text(f"{text}\n\n{note}\n", encoding="utf-8")
     say(f"{text}\n\n{note}\n{target}: this table")
