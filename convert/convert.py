@@ -46,6 +46,10 @@ def shard_folder(source: Path) -> Path | None:
     """The `global_stepN` folder of a DeepSpeed checkpoint; None for a plain model folder."""
     latest = source / "latest"
     if not latest.is_file():
+        if any(source.glob("global_step*")):
+            raise UserError(
+                f"{source}: has shards but no `latest`; it is still being saved, or was cut off while saving"
+            )
         return None
     tag = latest.read_text(encoding="utf-8", errors="replace").strip()
     if not is_plain_name(tag):

@@ -46,6 +46,11 @@ for source in "$found"/checkpoint-*/; do
         echo "$target: is there, skipped"
         continue
     fi
+    if [[ ! -f $source/trainer_state.json ]]; then # the trainer writes it last
+        echo "$source: not completely saved (no trainer_state.json), left out" >&2
+        status=2
+        continue
+    fi
     "$python" "$root/convert/convert.py" --source "$source" --target "$target" "$@" || status=2
 done
 exit $status

@@ -41,7 +41,7 @@ def main() -> None:
         str(args.output),
         per_device_train_batch_size=2,
         max_steps=2,
-        save_steps=1,
+        save_steps=1 if args.stage == 2 else 2,
         bf16=True,
         use_cpu=True,
         deepspeed=settings,

@@ -182,6 +182,7 @@ def test_unrelated_base_is_possible_on_request(folder):
     assert (folder / "target/config.json").is_file()
 
 
+@pytest.mark.slow
 def test_status_2_and_no_traceback(folder):
     (folder / "base/config.json").unlink()
     words = ["--base-model-path", folder / "base", "--delta-path", folder / "delta"]

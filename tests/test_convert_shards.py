@@ -117,6 +117,10 @@ def cut_shard(checkpoint: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def no_latest(checkpoint: Path) -> None:
+    (checkpoint / "latest").unlink()
+
+
 def other_model(checkpoint: Path) -> None:
     tiny_llama(ROWS + 1).config.save_pretrained(checkpoint)
 
@@ -126,10 +130,11 @@ def other_model(checkpoint: Path) -> None:
     [
         (lost_rank, r"cannot put its shards together \(Expected 3 of '\*_optim_states.pt'"),
         (lost_shards, "names global_step7, which is not there"),
+        (no_latest, "still being saved, or was cut off"),
         (cut_shard, "rank_1_mp_rank_00_optim_states.pt"),
         (other_model, r"is \[316, 32\], config.json makes it \[317, 32\]"),
     ],
-    ids=["rank lost", "shards lost", "shard cut", "other config"],
+    ids=["rank lost", "shards lost", "no latest", "shard cut", "other config"],
 )
 def test_incomplete_checkpoints_are_refused(tmp_path, spoil, message):
     write_run(tmp_path / "checkpoint-7", tiny_llama(ROWS), 3, 3)

@@ -56,8 +56,10 @@ def test_every_checkpoint_is_converted_with_the_logits_of_the_run(runs, words):
     assert model.dtype == torch.float32
     trained = torch.load(run / "logits.pt")
     assert torch.allclose(model.to(torch.bfloat16)(IDS).logits.float(), trained, atol=0.02)
-    other = AutoModelForCausalLM.from_pretrained(run / "final-checkpoint-1").to(torch.bfloat16)
-    assert not torch.allclose(other(IDS).logits.float(), trained, atol=0.05)
+    assert (run / "final-checkpoint-1").is_dir() == (words == ("2",))  # as many as the run saved
+    if words == ("2",):
+        other = AutoModelForCausalLM.from_pretrained(run / "final-checkpoint-1").to(torch.bfloat16)
+        assert not torch.allclose(other(IDS).logits.float(), trained, atol=0.05)
     assert len(AutoTokenizer.from_pretrained(final)) == VOCABULARY + len(ITEM_TOKENS)
     assert (final / "trainer_state.json").is_file()
     assert (final / "training_args.bin").is_file()

@@ -147,6 +147,7 @@ def test_an_adapter_for_testing(tmp_path, witness):
 # ---- the RQ-VAE ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["zip", "protocol 4"])
 def test_rqvae_checkpoint(tmp_path, witness, form):
     content = {"args": argparse.Namespace(), "epoch": 1, "best_loss": 1.0, "state_dict": {}}
@@ -211,7 +212,9 @@ def test_resuming_a_run(checkpoint, witness, place):
         find_resume(args, checkpoint.parent)
 
 
+@pytest.mark.slow
 def test_convert_sh_goes_on_and_reports(checkpoint, witness):
+    (checkpoint / "trainer_state.json").write_text("{}")
     write_bomb(checkpoint / SHARDS["optimizer state"], witness)
     result = run_script(
         "-c", f"import subprocess; subprocess.run(['bash', 'convert/convert.sh', {str(checkpoint.parent)!r}])"
@@ -260,6 +263,7 @@ def test_latest_cannot_point_out_of_the_checkpoint(checkpoint):
         convert.main(["-s", str(checkpoint), "-t", str(checkpoint.parent / "final")])
 
 
+@pytest.mark.slow
 def test_the_script_that_a_checkpoint_brings_along_is_not_run(checkpoint, witness):
     """DeepSpeed copies zero_to_fp32.py into checkpoints; ours comes from the installed package."""
     for name in ("zero_to_fp32.py", "global_step2/torch.py", "deepspeed.py"):
