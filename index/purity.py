@@ -12,7 +12,7 @@ from embeddings import Embeddings
 from figures import index_keys
 
 NEIGHBOURS = 10
-QUERIES = 2000
+QUERIES = 1000
 PAIRS = 100_000
 
 

@@ -1,0 +1,266 @@
+"""How soon an RQ-VAE is good: a plain training loop against index/ with `--preset fast`, in turn in one call; and scale.
+
+    python benchmarks/bench_index.py --data_path ./data/Games/Games.emb-llama-td.npy            # plain, then ours
+    python benchmarks/bench_index.py --data_path F --epochs 20 --no-equal_time                  # a shorter look
+    python benchmarks/bench_index.py --items 1000000                  # memory and time of main.py, generate_indices.py
+
+The plain loop is the paper's recipe (4 levels of 256 codes, epsilon 0.003 on the last, batches of 1,024, AdamW with
+1e-3 and weight decay 1e-4, linear schedule) over a DataLoader that stacks rows, with Sinkhorn on the whole plan and one
+optimiser step a batch. Both are measured with nearest codes on all items; the clock stands still meanwhile. Quality is
+reached where reconstruction and collision rate are both at or below the plain loop's at its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+INDEX = Path(__file__).resolve().parent.parent / "index"
+sys.path.insert(0, str(INDEX))
+
+import main as index_main  # noqa: E402
+from embeddings import Embeddings  # noqa: E402
+from figures import index_figures  # noqa: E402
+from models.quantiser import VectorQuantizer, squared_distances  # noqa: E402
+from models.rqvae import RQVAE, RQVAEConfig  # noqa: E402
+from parallel import Processes  # noqa: E402
+from start import balance, start  # noqa: E402
+from trainer import Trainer  # noqa: E402
+
+PAPER = {"num_emb_list": [256] * 4, "sk_epsilons": [0.0, 0.0, 0.0, 0.003]}
+
+
+@dataclass
+class Point:
+    """A moment of a run: seconds of training so far, and quality with nearest codes."""
+
+    seconds: float
+    epoch: int
+    reconstruction: float
+    figures: dict[str, Any]
+
+    def reaches(self, other: Point) -> bool:
+        """Both reconstruction and collision rate at least as good."""
+        better = self.figures["collision_rate"] <= other.figures["collision_rate"]
+        return better and self.reconstruction <= other.reconstruction
+
+
+class Clock:
+    """Seconds of work; `measure` stops it while quality is measured."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x, self.seconds, self.points = x, 0.0, []
+        self.since = time.perf_counter()
+
+    @torch.no_grad()
+    def measure(self, model: RQVAE, epoch: int) -> Point:
+        self.seconds += time.perf_counter() - self.since
+        model.eval()
+        output, _, codes = model(self.x, use_sk=False)
+        figures = index_figures(codes.numpy(), model.config.num_emb_list)
+        error = float(functional.mse_loss(output, self.x))
+        self.points.append(Point(self.seconds, epoch, error, figures))
+        model.train()
+        self.since = time.perf_counter()
+        return self.points[-1]
+
+
+class PlainQuantizer(VectorQuantizer):
+    """Sinkhorn as the algorithm is worded: every round divides the whole plan, in float64."""
+
+    @torch.no_grad()
+    def assign(self, rows: torch.Tensor, use_sk: bool) -> torch.Tensor:
+        distances = squared_distances(rows, self.embedding.weight)
+        if not use_sk or self.sk_epsilon <= 0:
+            return distances.argmin(-1)
+        high, low = distances.max(), distances.min()
+        plan = torch.exp(-((distances - (high + low) / 2) / ((high - low) / 2 + 1e-5)).double() / self.sk_epsilon)
+        plan /= plan.sum()
+        for _ in range(self.sk_iters):
+            plan /= plan.sum(1, keepdim=True)
+            plan /= len(rows)
+            plan /= plan.sum(0, keepdim=True)
+            plan /= plan.shape[1]
+        return plan.argmax(-1)
+
+
+def plain_loop(x: torch.Tensor, epochs: int, warmup_epochs: int, seed: int) -> list[Point]:
+    """The paper's recipe without tricks; measured at the end and at every tenth of the way."""
+    torch.manual_seed(seed)
+    model = RQVAE(x.shape[1], RQVAEConfig(**PAPER, seed=seed))
+    for level in model.rq.vq_layers:
+        level.__class__ = PlainQuantizer
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4, foreach=False)
+    loader = DataLoader(TensorDataset(x), batch_size=1024, shuffle=True)
+    warmup, total = warmup_epochs * len(loader), epochs * len(loader)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: step / warmup if step < warmup else (total - step) / (total - warmup)
+    )
+    clock = Clock(x)
+    for epoch in range(1, epochs + 1):
+        loss_sum = 0.0
+        for (batch,) in loader:
+            optimizer.zero_grad()
+            output, rq_loss, _ = model(batch)
+            loss = functional.mse_loss(output, batch) + rq_loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            loss_sum += loss.item()
+        assert math.isfinite(loss_sum)
+        if epoch % max(1, epochs // 10) == 0 or epoch == epochs:
+            show("plain", clock.measure(model, epoch))
+    return clock.points
+
+
+def fast_preset(path: str, x: torch.Tensor, seed: int, epochs: int | None, folder: str) -> list[Point]:
+    """index/ with `--preset fast`, its start included in the time; measured after the start, each epoch and the end."""
+    flags = ["--preset", "fast", "--data_path", path, "--ckpt_dir", folder, "--device", "cpu", "--seed", str(seed)]
+    args, _ = index_main.parse(flags + (["--epochs", str(epochs)] if epochs else []))
+    index_main.set_seed(seed)
+    device = torch.device("cpu")
+    processes, embeddings = Processes(device), Embeddings(path, device)
+    clock = Clock(x)
+    model = RQVAE(embeddings.dim, RQVAEConfig.from_args(args))
+    start(model, embeddings, processes, components=True, all_rows=True, balance_rounds=args.balance_rounds)
+    show("fast", clock.measure(model, 0))
+    trainer = Trainer(model, embeddings, args, Path(folder), processes)
+    for epoch in range(args.epochs):
+        trainer.train_epoch(epoch)
+        if epoch + 1 == args.epochs:
+            balance(model, embeddings, processes, args.balance_rounds)
+        if (epoch + 1) % max(1, args.epochs // 10) == 0:
+            show("fast", clock.measure(model, epoch + 1))
+    return clock.points
+
+
+def show(name: str, point: Point) -> None:
+    """A line for one moment."""
+    levels = ", ".join(f"{level['used']}/{level['entropy_bits']:.2f}" for level in point.figures["levels"])
+    print(
+        f"  {name:5} {point.seconds:7.1f} s, epoch {point.epoch:3}: reconstruction {point.reconstruction:.6f}, collision "
+        f"rate {point.figures['collision_rate']:.4f}, codes used / entropy (bits) of each level {levels}",
+        flush=True,
+    )
+
+
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """Run both and print the ratios."""
+    x = torch.from_numpy(np.load(args.data_path).astype(np.float32))
+    print(f"{args.data_path}: {len(x)} items × {x.shape[1]}, CPU, {torch.get_num_threads()} threads", flush=True)
+    plain = plain_loop(x, args.epochs, args.warmup_epochs, args.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        fast = fast_preset(args.data_path, x, args.seed, None, folder)
+        goal = plain[-1]
+        first = next((point for point in fast if point.reaches(goal)), None)
+        result: dict[str, Any] = {
+            "plain_seconds": goal.seconds,
+            "fast_seconds_to_plain_quality": first.seconds if first else None,
+            "fast_seconds_whole_preset": fast[-1].seconds,
+            "whole_preset_reaches": fast[-1].reaches(goal),
+        }
+        if first:
+            print(
+                f"plain quality after {first.seconds:.1f} s against {goal.seconds:.1f} s: {goal.seconds / first.seconds:.1f}×"
+            )
+        print(
+            f"whole preset: {fast[-1].seconds:.1f} s, {goal.seconds / fast[-1].seconds:.1f}× less, reconstruction "
+            f"{fast[-1].reconstruction / goal.reconstruction:.2f} of the plain loop's, collision rate "
+            f"{fast[-1].figures['collision_rate']:.4f} against {goal.figures['collision_rate']:.4f}"
+        )
+        if args.equal_time:
+            per_epoch = (fast[-1].seconds - fast[0].seconds) / fast[-1].epoch
+            epochs = max(1, round((goal.seconds - fast[0].seconds) / per_epoch))
+            last = fast_preset(args.data_path, x, args.seed, epochs, folder)[-1]
+            result["equal_time"] = {"plain": goal.reconstruction, "fast": last.reconstruction, "epochs": epochs}
+            print(
+                f"after equal time ({last.seconds:.0f} s, {epochs} epochs): reconstruction {last.reconstruction:.6f} "
+                f"against {goal.reconstruction:.6f}, {last.reconstruction / goal.reconstruction:.2f} of it"
+            )
+    return result
+
+
+def clustered_rows(path: Path, items: int, dim: int, seed: int = 0) -> None:
+    """A `.npy` of float16 rows around 4,096 centres, written piece by piece."""
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((4096, dim), dtype=np.float32)
+    rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(items, dim))
+    for first in range(0, items, 50_000):
+        count = min(50_000, items - first)
+        noise = rng.standard_normal((count, dim), dtype=np.float32)
+        rows[first : first + count] = centres[rng.integers(4096, size=count)] + 0.5 * noise
+    rows.flush()
+
+
+def measured(name: str, command: list[str]) -> dict[str, float]:
+    """Run `command`; its seconds and the largest resident memory of any of its processes, mapped file included."""
+    before = time.perf_counter()
+    code = f"import resource,subprocess,sys; r=subprocess.run({command!r}).returncode; " + (
+        "print('peak', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr); sys.exit(r)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{name} failed: {done.stderr[-2000:]}")
+    gib = int(done.stderr.rsplit("peak", 1)[1]) * (1 if sys.platform == "darwin" else 1024) / 2**30
+    print(f"{name}: {time.perf_counter() - before:.0f} s, {gib:.2f} GiB at most", flush=True)
+    return {"seconds": time.perf_counter() - before, "peak_gib": gib}
+
+
+def scale(args: argparse.Namespace) -> dict[str, Any]:
+    """Train and generate for `args.items` random clustered items, each in a process of its own."""
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        folder = Path(name)
+        clustered_rows(folder / "x.npy", args.items, args.dim)
+        print(
+            f"{args.items} items × {args.dim} float16: {(folder / 'x.npy').stat().st_size / 2**30:.2f} GiB", flush=True
+        )
+        common = ["--data_path", str(folder / "x.npy"), "--device", "cpu"]
+        train = ["--preset", "fast", "--epochs", str(args.scale_epochs), "--batch_size", "2048", "--num_workers", "1"]
+        train += ["--layers", *map(str, args.layers), "--ckpt_dir", str(folder / "ckpt")]
+        result = {"train": measured("train", [sys.executable, str(INDEX / "main.py"), *common, *train])}
+        out = ["--ckpt_path", str(folder / "ckpt"), "--output_file", str(folder / "x.index.json")]
+        result["generate"] = measured("generate", [sys.executable, str(INDEX / "generate_indices.py"), *common, *out])
+        report = json.loads((folder / "x.index.report.json").read_text())
+        assert report["collision_rate"] == 0
+        print(f"colliding by round {report['colliding_by_round']}, then none")
+    return result
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data_path", help="embeddings of a real catalogue, .npy")
+    add("--epochs", type=int, default=100, help="of the plain loop (100)")
+    add("--warmup_epochs", type=int, default=5, help="of the plain loop (5)")
+    add("--seed", type=int, default=2024, help="of both (2024)")
+    equal = "also train the preset for as long as the plain loop took (yes)"
+    add("--equal_time", action=argparse.BooleanOptionalAction, default=True, help=equal)
+    add("--items", type=int, help="measure scale instead: so many random clustered items")
+    add("--dim", type=int, default=768, help="with --items: width (768)")
+    add("--scale_epochs", type=int, default=2, help="with --items: epochs (2)")
+    add("--layers", type=int, nargs="+", default=[512, 256, 128, 64], help="with --items: (512 256 128 64)")
+    add("--folder", help="with --items: where the temporary files go, 4 GB for a million items (the system's)")
+    args = parser.parse_args(argv)
+    if not args.items and not args.data_path:
+        parser.error("give --data_path, or --items for scale")
+    run: Callable[[argparse.Namespace], dict[str, Any]] = scale if args.items else compare
+    return run(args)
+
+
+if __name__ == "__main__":
+    main()
