@@ -32,6 +32,7 @@ from convert.folder import (  # noqa: E402
     find_model,
     load_config,
     new_folder,
+    reason,
     skeleton,
     write_settings,
 )
@@ -79,7 +80,7 @@ def consolidate(source: Path, trained_only: bool = False) -> dict[str, torch.Ten
                 str(source), shard_folder(source).name, exclude_frozen_parameters=trained_only, lazy_mode=True
             )
     except (ValueError, KeyError, RuntimeError, EOFError, OSError, NotImplementedError) as error:
-        raise UserError(f"{source}: DeepSpeed cannot put its shards together ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{source}: DeepSpeed cannot put its shards together ({reason(error)})") from None
 
 
 Reader = Callable[[str], Iterator[torch.Tensor]]

@@ -93,8 +93,12 @@ def download(repo_id: str) -> str:
         patterns = [*HUB_PATTERNS, weights]
         return snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*", "train*"])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{repo_id}: no such folder here, and the hub did not give it ({reason})") from None
+        raise UserError(f"{repo_id}: no such folder here, and the hub did not give it ({reason(error)})") from None
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error's text, or its class where there is none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # ---- settings ----
@@ -113,7 +117,7 @@ def load_config(folder: ModelFolder):  # noqa: ANN201  (a transformers config)
     try:
         return AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
     except (ValueError, KeyError, OSError, TypeError) as error:
-        raise UserError(f"{folder.path / 'config.json'}: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"{folder.path / 'config.json'}: {reason(error)}") from None
 
 
 def skeleton(config) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:  # noqa: ANN001
@@ -138,7 +142,7 @@ def _empty_model(config):  # noqa: ANN001, ANN202
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except ValueError as error:
-        raise UserError(f"not a causal language model: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"not a causal language model: {reason(error)}") from None
 
 
 def load_tokenizer(folder: ModelFolder):  # noqa: ANN201  (a transformers tokenizer)
@@ -147,12 +151,13 @@ def load_tokenizer(folder: ModelFolder):  # noqa: ANN201  (a transformers tokeni
 
     if not any(folder.has(name) for name in TOKENIZERS):
         raise UserError(f"{folder.path}: has no tokenizer (tokenizer.json or tokenizer.model)")
-    for path in folder.path.glob("tokenizer*"):
-        inside(folder.path, path.name, folder.allowed)
+    for pattern in TOKENIZER_FILES:
+        for path in folder.path.glob(pattern):
+            inside(folder.path, path.name, folder.allowed)
     try:
         return AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
     except (ValueError, KeyError, OSError, TypeError) as error:
-        raise UserError(f"{folder.path}: the tokenizer cannot be read ({str(error).strip().splitlines()[0]})") from None
+        raise UserError(f"{folder.path}: the tokenizer cannot be read ({reason(error)})") from None
 
 
 def item_tokens(tokenizer) -> dict[str, int]:  # noqa: ANN001
@@ -200,7 +205,7 @@ def _check_same_vocabulary(base: dict[str, int], ours: dict[str, int], items: di
     moved = [token for token, number in base.items() if ours.get(token) != number]
     if len(moved) > len(base) // 100:
         raise UserError(
-            f"{place}: is a delta of another base: {len(moved)} of the base's {len(base)} tokens have other ids in its "
+            f"{place}: belongs to another base: {len(moved)} of the base's {len(base)} tokens have other ids in its "
             f"tokenizer ({moved[0]!r})"
         )
     taken = {number: token for token, number in base.items()}

@@ -74,7 +74,7 @@ def plan_merge(base: ModelFolder, delta: ModelFolder, b: Weights, d: Weights, dt
     for key in SAME_MODEL:
         ours, theirs = getattr(base_config, key, None), getattr(config, key, None)
         if ours != theirs:
-            raise UserError(f"{delta.path}: is a delta of another base: its {key} is {theirs}, the base's {ours}")
+            raise UserError(f"{delta.path}: belongs to another base: its {key} is {theirs}, the base's {ours}")
     embedding, head = embedding_names(config)
     names = [name for name in d if not is_old_buffer(name)]
     dropped = sorted({name for side in (b, d) for name in side if is_old_buffer(name)})
@@ -84,20 +84,22 @@ def plan_merge(base: ModelFolder, delta: ModelFolder, b: Weights, d: Weights, dt
     plan.config.vocab_size = d.entries[embedding].shape[0]
     wanted, plan.ties = skeleton(plan.config)
     for name in names:
-        source = (
-            name
-            if name in b
-            else plan.ties.get(name) or (embedding if name == head and _is_tied(base_config) else None)
-        )
-        if source is None or source not in b:
-            raise UserError(f"{base.path}: lacks {name}, which the delta has; it is a delta of another base")
+        base_ties = {head: embedding} if base_config.tie_word_embeddings else {}
+        source = name if name in b else plan.ties.get(name) or base_ties.get(name)
+        if source not in b:
+            raise UserError(f"{base.path}: lacks {name}, which {delta.path} has: they do not belong together")
         plan.base_of[name] = _same_or_grown(name, b.entries[source].shape, plan.shapes[name], (embedding, head), source)
     for name in b:
         if name not in d and not is_old_buffer(name) and name not in plan.ties:
             raise UserError(
-                f"{delta.path}: lacks {name}, which the base has; the delta is incomplete or of another base"
+                f"{delta.path}: lacks {name}, which the base has; it is incomplete or belongs to another base"
             )
-    _check_target(plan, wanted, delta.path)
+    if all(name in wanted or name in plan.ties or is_old_buffer(name) for name in b):
+        _check_target(plan, wanted, delta.path)
+    else:
+        plan.notes.append(
+            "the base's names are converted when it is loaded, so they were not compared with the model's"
+        )
     if dropped:
         plan.notes.append(f"{len(dropped)} buffers that models now compute were dropped ({dropped[0]} …)")
     return plan
@@ -123,13 +125,9 @@ def check_related(plan: Plan, b: Weights, d: Weights) -> None:
     cosine = float(products[0] / (products[1] * products[2]).sqrt().clamp(min=1e-30))
     if cosine < LEAST_COSINE:
         raise UserError(
-            f"{d.folder}: is a delta of another base: its embeddings do not resemble those of {b.folder} (cosine "
+            f"{d.folder}: belongs to another base: its embeddings do not resemble those of {b.folder} (cosine "
             f"{cosine:.2f}); add --any-base if you are sure"
         )
-
-
-def _is_tied(config: Any) -> bool:
-    return bool(getattr(config, "tie_word_embeddings", False))
 
 
 def _same_or_grown(
@@ -140,7 +138,7 @@ def _same_or_grown(
         return source
     if name in vocabulary and base[1:] == delta[1:] and delta[0] > base[0]:
         return None
-    raise UserError(f"{name}: the delta has the shape {list(delta)}, the base {list(base)}; it is of another base")
+    raise UserError(f"{name}: {list(delta)} on the delta's side, {list(base)} in the base: they do not belong together")
 
 
 def _check_target(plan: Plan, wanted: dict[str, tuple[int, ...]], place: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 if not __package__:  # run as a script: the root instead of this folder, whose names would shadow others
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from convert.folder import LOADERS, SETTINGS, TOKENIZER_FILES  # noqa: E402
+from convert.folder import LOADERS, SETTINGS, TOKENIZER_FILES, reason  # noqa: E402
 from utils import UserError, atomic_path, read_json, run_main, say, sha256  # noqa: E402
 
 MARK = "<!-- written by convert/push.py; edit freely and remove this line to keep your text -->"
@@ -208,8 +208,9 @@ def push_folder(folder: Path, repo_id: str, private: bool = False, index_file: P
         if index_file is not None:
             api.upload_file(repo_id=repo_id, path_or_fileobj=str(index_file), path_in_repo=index_file.name)
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{repo_id}: the hub refused it ({reason}); did you log in with hf auth login?") from None
+        raise UserError(
+            f"{repo_id}: the hub refused it ({reason(error)}); did you log in with hf auth login?"
+        ) from None
     return str(url)
 
 

@@ -161,7 +161,8 @@ class Weights:
         return [inside(self.folder, name, self.allowed) for name in names], weight_map
 
     def _complete(self, found: list[Path]) -> list[Path]:
-        wanted = int(found[0].stem.rsplit("-", 1)[1])
+        count = found[0].stem.rsplit("-", 1)[1]
+        wanted = int(count) if count.isdecimal() else 0
         if len(found) != wanted:
             raise UserError(f"{self.folder}: {len(found)} of {wanted} weight files are there; download the rest")
         return [inside(self.folder, path.name, self.allowed) for path in found]
