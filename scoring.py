@@ -33,11 +33,12 @@ from decoding import ItemTrie, PrefixCache, beam_search
 from evaluate import check_metrics, ranks_of, summarise, too_long
 from metrics.ranking import means, rank_of
 from modeling import DTYPES, item_token_ids, load_for_test, pick_device
-from prompt import SLOT, Prompts, load_prompts
+from prompt import SLOT, Prompts, Template, load_prompts
 from utils import (
     UserError,
     atomic_path,
     is_main,
+    local_rank,
     rank,
     read_json,
     say,
@@ -79,58 +80,80 @@ def run(args: argparse.Namespace, single: bool) -> dict[str, Any]:
     Raises:
         UserError: a flag, a file or the checkpoint does not fit, or earlier results would be overwritten.
     """
-    task = TEST_TASKS.get(args.test_task.lower())
-    if task is None:
-        raise UserError(f"--test_task {args.test_task}: write SeqRec, ItemSearch or FusionSeqRec")
-    check_metrics(args.metrics)
-    if args.num_beams < 1:
-        raise UserError(f"--num_beams {args.num_beams}: at least 1")
-    if above := too_long(args.metrics, args.num_beams):
-        raise UserError(f"--metrics {above[0]}: its k is above --num_beams {args.num_beams}; rank more items or lower k")
-    if not args.ckpt_path:
-        raise UserError("--ckpt_path is missing: the folder of the checkpoint to test")
-    if single and world_size() > 1:
-        raise UserError("test.py is for one process; use test_ddp.py with torchrun")
+    task = check_flags(args, single)
     start_processes()
     device = pick_device(args.gpu_id if single else None)
     set_seed(args.seed)
-    if args.filter_items:
-        say("note: --filter_items changes nothing: only items that exist are ever generated")
     data = load_data(args.data_path, args.dataset, args.index_file, need_users=TASKS[task].needs_users)
     prompts = load_prompts(args.prompt_file)
     prompt_ids = choose_prompts(prompts, task, args.test_prompt_ids)
     form = HistoryFormat(args.max_his_len, args.add_prefix, args.his_sep)
     samples = TestSet(data, task, form, seed=args.seed)
     numbers = choose_samples(len(samples), args.sample_num, args.seed)
+    items = min(args.num_beams, len(set(data.canonical)))
+    for name in too_long(args.metrics, items):
+        say(f"note: {name} is taken from lists of {items} items only")
+
     config = describe(args, data, prompts, task, prompt_ids, device)
     store = Store(args.results_file, [(prompt, sample) for prompt in prompt_ids for sample in numbers])
     missing = store.open(config, args.restart)
-
     if missing:
         dtype = DTYPES.get(args.dtype)
         model, tokenizer = load_for_test(args.ckpt_path, args.base_model, args.lora, device, dtype)
         scorer = Scorer(model, tokenizer, data, args.num_beams, args.test_batch_size)
-        progress = Progress(missing, args.metrics)
+        progress = Progress(len(missing), args.metrics)
         for prompt in prompt_ids:
-            wanted = [sample for sample in numbers if (prompt, sample) in missing]
-            if wanted:
-                template = prompts.of(task)[prompt]
-                texts = [prompts.prompt(template, samples[number].slots) for number in numbers]
-                for chosen, found in scorer.score(texts, {n for n, s in enumerate(numbers) if (prompt, s) in missing}):
-                    records = [
-                        record(data, prompt, numbers[n], samples[numbers[n]], items, scores)
-                        for n, (items, scores) in zip(chosen, found, strict=True)
-                    ]
-                    store.append(records)
-                    progress.add(records)
+            template = prompts.of(task)[prompt]
+            for records in score_prompt(scorer, prompt, template, prompts, samples, numbers, missing):
+                store.append(records)
+                progress.add(records)
         progress.close()
     results = store.close(config, args.metrics, args.test_prompt_ids)
-    for name in too_long(args.metrics, min(args.num_beams, len(set(data.canonical)))):
-        say(f"note: {name} is taken from lists of {min(args.num_beams, len(set(data.canonical)))} items only")
     if results:
         say(json.dumps({key: results[key] for key in ("mean_results", "min_results", "max_results")}, indent=2))
         say(f"results: {args.results_file}; predictions: {store.predictions}")
     return results
+
+
+def check_flags(args: argparse.Namespace, single: bool) -> str:
+    """The task that `args` name. Raises UserError where flags are wrong by themselves."""
+    task = TEST_TASKS.get(args.test_task.lower())
+    if task is None:
+        raise UserError(f"--test_task {args.test_task}: write SeqRec, ItemSearch or FusionSeqRec")
+    check_metrics(args.metrics)
+    if args.num_beams < 1:
+        raise UserError(f"--num_beams {args.num_beams}: at least 1")
+    if not args.ckpt_path:
+        raise UserError("--ckpt_path is missing: the folder of the checkpoint to test")
+    if single and world_size() > 1:
+        raise UserError("test.py is for one process; use test_ddp.py with torchrun")
+    if args.filter_items:
+        say("note: --filter_items changes nothing: only items that exist are ever generated")
+    return task
+
+
+def score_prompt(
+    scorer: Scorer,
+    prompt: int,
+    template: Template,
+    prompts: Prompts,
+    samples: TestSet,
+    numbers: list[int],
+    missing: set[tuple[int, int]],
+) -> Iterator[list[dict[str, Any]]]:
+    """Predict the samples `numbers` with one template; yields this process's records, batch by batch.
+
+    Batches are made of all samples, whatever is `missing`, so a resumed run has those of an uninterrupted one.
+    """
+    wanted = {place for place, number in enumerate(numbers) if (prompt, number) in missing}
+    if not wanted:
+        return
+    texts = [prompts.prompt(template, samples[number].slots) for number in numbers]
+    for places, found in scorer.score(texts, wanted):
+        yield [
+            record(scorer.data, prompt, numbers[place], samples[numbers[place]], items, scores)
+            for place, (items, scores) in zip(places, found, strict=True)
+        ]
 
 
 # ---- processes ----
@@ -395,8 +418,12 @@ class Store:
             UserError: there are results of another run, and no `restart`.
         """
         token = on_main(lambda: self._prepare(config, restart))
-        self.shared = (self.partial / "token").is_file() and (self.partial / "token").read_text() == token
-        self.partial.mkdir(parents=True, exist_ok=True)
+        mark = self.partial / "token"
+        self.shared = mark.is_file() and mark.read_text() == token  # else this node has a disk of its own
+        if not self.shared and local_rank() == 0:
+            self._prepare_own_disk(config, restart)
+        if world_size() > 1:
+            dist.barrier()
         done = set(self._lines()) if is_main() or not self.shared else set()
         if world_size() > 1:
             every: list[Any] = [None] * world_size()
@@ -426,6 +453,13 @@ class Store:
         token = os.urandom(8).hex()
         (self.partial / "token").write_text(token)
         return token
+
+    def _prepare_own_disk(self, config: dict[str, Any], restart: bool) -> None:
+        """On a node that does not see the main process's folder: keep what an interrupted run of the same kind left."""
+        made = self.partial / "config.json"
+        if restart or not made.is_file() or identity(read_json(made)) != identity(json.loads(json.dumps(config))):
+            self._remove_partial()
+        write_json(made, config)
 
     @staticmethod
     def _compare(path: Path, before: Any, now: dict[str, Any]) -> None:
@@ -522,9 +556,9 @@ def shorten(value: Any) -> str:
 class Progress:
     """Users per second, time left and metrics so far: a bar on a terminal, a line a minute elsewhere (main process)."""
 
-    def __init__(self, missing: set[tuple[int, int]], metrics: str):
-        self.metrics, self.ranks = metrics, []
-        self.total = len(missing)
+    def __init__(self, total: int, metrics: str):
+        self.metrics, self.total = metrics, total
+        self.ranks: list[int] = []
         self.start = self.told = time.monotonic()
         self.bar = None
         if is_main() and sys.stderr.isatty():

@@ -80,11 +80,14 @@ def make_model(kind: str, data: RecData, folder: Path, options: Any) -> tuple[An
     return model.to(options.device, DTYPES[options.dtype]).eval(), tokenizer
 
 
-def spread(ids: list[list[int]], count: int, tokens: int) -> list[list[int]]:
-    """`count` prompts of `tokens` tokens give or take 15 %, evenly over that range, longest first (0: of all lengths)."""
-    ordered = sorted(ids, key=len, reverse=True)
+def choose(ids: list[list[int]], count: int, tokens: int) -> list[list[int]]:
+    """The `count` prompts whose lengths are nearest to `tokens`, longest first, or (0) as many evenly over all lengths.
+
+    A real run has thousands of prompts, so the batches that are cut from them by length are as even as the former.
+    """
     if tokens:
-        ordered = [row for row in ordered if 0.85 * tokens <= len(row) <= 1.15 * tokens]
+        return sorted(sorted(ids, key=lambda row: abs(len(row) - tokens))[:count], key=len, reverse=True)
+    ordered = sorted(ids, key=len, reverse=True)
     return [ordered[int((n + 0.5) * len(ordered) / count)] for n in range(count)]
 
 
@@ -239,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
         texts = [prompts.prompt(template, samples[number].slots) for number in range(len(samples))]
         for kind in options.models.split(","):
             model, tokenizer = make_model(kind, data, Path(folder), options)
-            chosen = spread(encode_prompts(tokenizer, texts), options.users, options.tokens)
+            chosen = choose(encode_prompts(tokenizer, texts), options.users, options.tokens)
             compare(kind, Ways(model, tokenizer, data, options), chosen, options)
 
 

@@ -299,6 +299,17 @@ def test_fingerprint_sees_every_part(tmp_path):
         assert scoring.fingerprint(str(tmp_path)) != before
 
 
+def test_progress_is_told_once_a_minute(monkeypatch, capsys):
+    now = iter([0.0, 30.0, 61.0, 90.0])
+    monkeypatch.setattr(scoring.time, "monotonic", lambda: next(now))
+    progress = scoring.Progress(100, "hit@1,ndcg@5")
+    for _ in range(3):
+        progress.add([{"target": 4, "items": [3, 4]}] * 10)
+    progress.close()
+    told = capsys.readouterr().out.splitlines()
+    assert told == ["20 of 100 predictions, 0.3 a second, 0:04:04 left; hit@1 0.0000, ndcg@5 0.6309"]
+
+
 def test_help_names_every_flag_with_its_default(capsys):
     with pytest.raises(SystemExit):
         test_script.main(["--help"])

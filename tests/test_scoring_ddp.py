@@ -104,23 +104,22 @@ def test_any_number_of_processes_gives_the_same(world, single, tmp_path, process
 
 
 def test_two_nodes_give_the_same(world, single, tmp_path):
-    """Two torchrun agents on loopback: both nodes have local ranks 0, so local ranks taken for global ones would show."""
+    """Two torchrun agents on loopback; their results folders differ, as those of nodes without a common disk.
+
+    Both nodes have a local rank 0, so a local rank that is taken for a global one would show.
+    """
     port = free_port()
-    nodes = [
-        start(
-            world,
-            tmp_path / "r.json",
-            1,
-            "--nnodes=2",
-            f"--node_rank={node}",
-            "--master_addr=127.0.0.1",
-            f"--master_port={port}",
-        )
-        for node in (0, 1)
-    ]
+    (tmp_path / "1/r.partial").mkdir(parents=True)  # the second node has something left of another run
+    stale = {"prompt_id": 0, "sample": 0, "user": "0", "target": 1, "target_item": 1, "items": [1], "scores": [0.0]}
+    (tmp_path / "1/r.partial/part-00001.jsonl").write_text(json.dumps(stale) + "\n")
+    nodes = []
+    for node in (0, 1):
+        where = ("--nnodes=2", f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}")
+        nodes.append(start(world, tmp_path / f"{node}/r.json", 1, *where))
     for node in nodes:
         finish(node)
-    assert_same(tmp_path / "r.json", single)
+    assert_same(tmp_path / "0/r.json", single)
+    assert not any((tmp_path / "1").iterdir())
 
 
 def predictions(folder: Path) -> int:
