@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 # Packed rows have a multiple of so many tokens: libraries keep a compiled kernel for each shape that they meet.
-ROUND = 64
+ROUND = 128
 IGNORE = -100  # the label that cross-entropy leaves out
 
 

@@ -27,6 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# torch keeps a compiled bfloat16 product for each shape it meets on the CPU, and batches come in many: memory without end
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+
 import torch
 
 from arguments import add_data, add_global, add_train, comma_list, make_parser, parse_tasks

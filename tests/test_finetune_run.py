@@ -28,7 +28,15 @@ def command(folder: Path, *flags: str, processes: int = 1, out: str = "out") -> 
         start += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
     own = ["--base_model", str(folder / "base"), "--output_dir", str(folder / out), "--dataset", "Toy"]
     own += ["--data_path", str(folder / "data"), "--per_device_batch_size", "4", "--gradient_accumulation_steps", "1"]
-    own += ["--learning_rate", "1e-3", "--epochs", "2", "--only_train_response", "--train_data_sample_num", "12,4,4,6,3,3"]
+    own += [
+        "--learning_rate",
+        "1e-3",
+        "--epochs",
+        "2",
+        "--only_train_response",
+        "--train_data_sample_num",
+        "12,4,4,6,3,3",
+    ]
     own += ["--logging_step", "1", "--valid_prompt_sample_num", "1", "--report_to", "none"]
     return [*start, str(ROOT / "finetune.py"), *own, *flags]
 
@@ -76,7 +84,9 @@ def loss_of(model: torch.nn.Module, tokenizer: object, folder: Path) -> float:
         whole = tokenizer(sample["prompt"] + sample["response"])["input_ids"] + [tokenizer.eos_token_id]
         labels = [-100] * len(prompt) + whole[len(prompt) :]
         with torch.no_grad():
-            total += model(torch.tensor([whole]), labels=torch.tensor([labels])).loss.item() * (len(whole) - len(prompt))
+            total += model(torch.tensor([whole]), labels=torch.tensor([labels])).loss.item() * (
+                len(whole) - len(prompt)
+            )
         count += len(whole) - len(prompt)
     return total / count
 
@@ -160,3 +170,86 @@ def test_changed_data_and_flags_are_refused_on_resume(world):
     finally:
         items.write_text(before)
     assert "holds a run already" in run(command(world, *flags, out="once"), status=2)
+
+
+def merged_by_hand(world: Path, adapter: Path) -> torch.nn.Module:
+    """Base plus adapter from the adapter's tensors, without PEFT: W + alpha / r · B A, and the modules saved whole."""
+    model = AutoModelForCausalLM.from_pretrained(world / "base", dtype=torch.float32)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    model.resize_token_embeddings(len(AutoTokenizer.from_pretrained(adapter)), mean_resizing=False)
+    state = model.state_dict()
+    for key, value in weights.items():
+        name = key.removeprefix("base_model.model.")
+        if name.endswith("lora_A.weight"):
+            other = weights[key.replace("lora_A", "lora_B")]
+            state[name.replace("lora_A.weight", "weight")] += (
+                config["lora_alpha"] / config["r"] * other.float() @ value.float()
+            )
+        elif "lora_B" not in name:
+            state[name] = value.float()
+    model.load_state_dict(state)
+    return model.eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_lora_from_finetune_to_a_model_that_scores_as_the_adapter_says(world, processes):
+    from modeling import load_for_test
+
+    out = f"lora{processes}"
+    flags = ["--lora", "--learning_rate", "1e-2", "--packing"] + (
+        ["--bf16"] if processes > 1 else ["--deepspeed", "none"]
+    )
+    text = run(command(world, *flags, processes=processes, out=out))
+    assert "the 14 item-token rows train, in embeddings and head" in text
+    folder = world / out
+    wanted = merged_by_hand(world, folder)
+    model, tokenizer = load_for_test(str(folder), str(world / "base"), lora=True)
+    ids = tokenizer("Which item comes after <a_1><b_2><c_0>?", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, wanted(ids).logits, atol=1e-4, rtol=1e-3)
+        before = AutoModelForCausalLM.from_pretrained(world / "base")(ids[:, :3]).logits
+        assert not torch.allclose(model(ids[:, :3]).logits[..., :300], before, atol=1e-2)
+    last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    assert loss_of(model, tokenizer, world) == pytest.approx(min(evaluations(last).values()), abs=0.02)
+
+    # a later run begins with the adapter, be it in the older format
+    old = world / f"{out}-old"
+    old.mkdir()
+    torch.save(load_file(folder / "adapter_model.safetensors"), old / "adapter_model.bin")
+    (old / "adapter_config.json").write_text((folder / "adapter_config.json").read_text())
+    more = ["--resume_from_checkpoint", str(old), "--learning_rate", "0", "--epochs", "1"]
+    run(command(world, *flags, *more, processes=processes, out=f"{out}-more"))
+    one, other = (load_file(path / "adapter_model.safetensors") for path in (folder, world / f"{out}-more"))
+    for key in one:
+        torch.testing.assert_close(one[key].float(), other[key].float(), atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--load_in_4bit"], ["--load_in_8bit"]], ids=["lora", "4 bits", "8 bits"])
+def test_only_the_new_rows_train(tmp_path, flags):
+    import finetune
+    from modeling import load_for_test
+
+    make_model("llama", tmp_path / "base", hidden_size=64, intermediate_size=128)
+    write_dataset(tmp_path / "data")
+    own = [
+        "--lora",
+        "--train_new_rows_only",
+        "--deepspeed",
+        "none",
+        "--learning_rate",
+        "1e-2",
+        "--lora_target_modules",
+        "q_proj",
+    ]
+    finetune.main(command(tmp_path, *own, *flags, "--epochs", "1")[2:])
+    model, tokenizer = load_for_test(str(tmp_path / "out"), str(tmp_path / "base"), lora=True)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        torch.testing.assert_close(getattr(model, get)().weight[:300], getattr(base, get)().weight[:300])
+    last = max((tmp_path / "out").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    scores = evaluations(last)
+    assert loss_of(model, tokenizer, tmp_path) == pytest.approx(min(scores.values()), abs=0.1)
+    assert losses(last)[-1][1] < losses(last)[0][1]

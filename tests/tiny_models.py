@@ -72,12 +72,15 @@ def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
-def make_model(name: str, target: Path, seed: int = 0) -> PreTrainedModel:
-    """Write a tiny base model of architecture `name`, with its tokenizer, to `target`; returns the model (float32)."""
+def make_model(name: str, target: Path, seed: int = 0, **changes: object) -> PreTrainedModel:
+    """Write a tiny base model of architecture `name`, with its tokenizer, to `target`; returns the model (float32).
+
+    `changes` go into the configuration.
+    """
     config, kind, spare = ARCHITECTURES[name]
     tokenizer = make_tokenizer(kind)
     torch.manual_seed(seed)
-    config = type(config).from_dict(config.to_dict() | {"vocab_size": len(tokenizer) + spare})
+    config = type(config).from_dict(config.to_dict() | {"vocab_size": len(tokenizer) + spare} | changes)
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     config.pad_token_id = None
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

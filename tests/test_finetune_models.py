@@ -1,0 +1,136 @@
+"""Any causal LM: new rows, old rows, ties, tokens; and the same losses as a plain Trainer on a collation by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import ARCHITECTURES, make_model, write_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import finetune
+from collator import encode_samples
+from modeling import add_item_tokens, grow_vocabulary, load_model, load_tokenizer
+
+ITEM_TOKENS = sorted({f"<a_{i}>" for i in range(5)} | {f"<b_{i}>" for i in range(6)} | {f"<c_{i}>" for i in range(3)})
+
+
+def flags(folder: Path, *more: str, out: str = "out") -> list[str]:
+    own = ["--base_model", str(folder / "base"), "--output_dir", str(folder / out), "--dataset", "Toy"]
+    own += ["--data_path", str(folder / "data"), "--deepspeed", "none", "--report_to", "none", "--weight_decay", "0"]
+    own += ["--per_device_batch_size", "3", "--logging_step", "1", "--learning_rate", "1e-3", "--epochs", "1"]
+    return [*own, "--train_data_sample_num", "6,3,3,4,2,2", "--valid_prompt_sample_num", "1", *more]
+
+
+def prepared(folder: Path) -> tuple[torch.nn.Module, list[int]]:
+    """The model as training begins, and the ids of the item tokens."""
+    model, tokenizer = load_model(folder / "base"), load_tokenizer(folder / "base")
+    ids = add_item_tokens(tokenizer, ITEM_TOKENS)
+    torch.manual_seed(42)
+    grow_vocabulary(model, tokenizer, ids)
+    return model, ids
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_trains_and_reloads(name, tmp_path):
+    make_model(name, tmp_path / "base")
+    write_dataset(tmp_path / "data")
+    options = flags(tmp_path, "--only_train_response", *(["--packing"] if name != "qwen2" else []))
+    finetune.main(options)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out"),
+        AutoTokenizer.from_pretrained(tmp_path / "out"),
+    )
+    config, kind, spare = ARCHITECTURES[name]
+    before, ids = prepared(tmp_path)
+
+    assert tokenizer.convert_tokens_to_ids(ITEM_TOKENS) == ids
+    rows = model.get_input_embeddings().weight
+    base_rows = load_model(tmp_path / "base").get_input_embeddings().weight.shape[0]
+    assert len(rows) == max(len(tokenizer), base_rows) and len(rows) == model.config.get_text_config().vocab_size
+    tied = config.tie_word_embeddings
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
+
+    # every item token occurs in the training data, as target or in a history
+    moved = (rows - before.get_input_embeddings().weight).abs().amax(1) > 0
+    assert bool(moved[ids].all())
+    if not tied:  # a row without a gradient stays as it was; the head's rows all move, through the softmax
+        run_tokens = used_tokens(tmp_path, options)
+        untouched = sorted(set(range(len(rows))) - run_tokens)
+        assert untouched and not bool(moved[untouched].any())
+
+    index = "".join(ITEM_TOKENS[i] for i in (0, 5, 11))
+    for before_text, after_text in (("", ""), ("I saw ", " yesterday"), ("Response:", ""), ("x", ", "), ("\n", "\n")):
+        encoded = tokenizer(before_text + index + after_text, add_special_tokens=False)["input_ids"]
+        wanted = [ids[i] for i in (0, 5, 11)]
+        assert any(encoded[i : i + 3] == wanted for i in range(len(encoded))), (before_text, encoded)
+        assert sum(token in ids for token in encoded) == 3
+
+
+def used_tokens(folder: Path, options: list[str]) -> set[int]:
+    """All tokens of the training samples of an epoch."""
+    args = finetune.parse(options)
+    _, train_set, _ = finetune.load_datasets(args)
+    tokenizer = load_tokenizer(folder / "out")
+    samples = [train_set[i] for i in range(len(train_set))]
+    rows, _ = encode_samples(tokenizer, [s["prompt"] for s in samples], [s["response"] for s in samples], 2048)
+    return {token for row in rows for token in row} | {tokenizer.pad_token_id, 0}
+
+
+@pytest.mark.parametrize("only_response", [True, False])
+@pytest.mark.parametrize("packing", [False, True])
+def test_losses_are_those_of_a_plain_trainer_on_a_collation_by_hand(tmp_path, only_response, packing):
+    from transformers import Trainer
+
+    make_model("llama", tmp_path / "base")
+    write_dataset(tmp_path / "data")
+    more = ["--max_steps", "20", "--epochs", "9", "--learning_rate", "3e-3"]
+    more += ["--only_train_response"] * only_response + ["--packing"] * packing
+    ours = finetune.prepare(finetune.parse(flags(tmp_path, *more, out="ours")))
+    ours.trainer.train()
+
+    theirs = finetune.prepare(finetune.parse(flags(tmp_path, *[m for m in more if m != "--packing"], out="theirs")))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    tokenizer.add_tokens(ITEM_TOKENS)
+
+    def collate(samples: list[dict]) -> dict[str, torch.Tensor]:
+        rows = []
+        for sample in samples:
+            tokens = tokenizer(sample["prompt"] + sample["response"])["input_ids"] + [tokenizer.eos_token_id]
+            shown = len(tokenizer(sample["prompt"])["input_ids"])
+            rows.append((tokens, [-100] * shown + tokens[shown:] if only_response else list(tokens)))
+        width = max(len(tokens) for tokens, _ in rows)
+        return {
+            "input_ids": torch.tensor([t + [0] * (width - len(t)) for t, _ in rows]),
+            "attention_mask": torch.tensor([[1] * len(t) + [0] * (width - len(t)) for t, _ in rows]),
+            "labels": torch.tensor([k + [-100] * (width - len(k)) for _, k in rows]),
+        }
+
+    theirs.training.eval_strategy, theirs.training.load_best_model_at_end = "no", False
+    plain = Trainer(theirs.model, theirs.training, data_collator=collate, train_dataset=theirs.train_set)
+    plain.train()
+    one, other = ([row for row in t.state.log_history if "loss" in row] for t in (ours.trainer, plain))
+    assert len(one) == len(other) == 20
+    for mine, wanted in zip(one, other, strict=True):
+        assert mine["loss"] == pytest.approx(wanted["loss"], rel=2e-4)
+        assert mine["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-2)
+    assert one[-1]["loss"] < one[0]["loss"]
+
+
+def test_loss_by_task_and_validation_in_the_log(tmp_path):
+    make_model("llama", tmp_path / "base")
+    write_dataset(tmp_path / "data")
+    run = finetune.prepare(finetune.parse(flags(tmp_path, "--only_train_response", "--eval_ranking", "10")))
+    run.trainer.train()
+    history = run.trainer.state.log_history
+    lines = [row for row in history if "loss" in row]
+    seen = {name for row in lines for name in row if name.startswith("loss_")}
+    assert seen == {f"loss_{name}" for name in run.train_set.names}
+    assert all(row["tokens_per_second"] > 0 and row["memory_gib"] > 0 for row in lines)
+    evaluation = next(row for row in history if "eval_loss" in row)
+    assert 0 <= evaluation["eval_ndcg@10"] <= evaluation["eval_hit@10"] <= 1
+    log = (tmp_path / "out" / "train.log").read_text().splitlines()
+    assert len(log) == len(lines) + 1
+    json.dumps(history)
