@@ -133,7 +133,9 @@ def main(argv: list[str] | None = None) -> None:
         worker.start()
         worker.join()
         size = sum(path.stat().st_size for path in folder.rglob("*.bin")) / 2**30
-        print(f"base and delta: {size:.2f} GB in {2 * args.shards} files; {versions('torch', 'safetensors')}")
+        print(
+            f"base and delta: {size:.2f} GB in {2 * args.shards} files; {versions('torch', 'safetensors')}", flush=True
+        )
         seconds: dict[str, list[float]] = {}
         memory: dict[str, float] = {}
         for _ in range(args.rounds):
@@ -141,6 +143,7 @@ def main(argv: list[str] | None = None) -> None:
                 if way.startswith("cp"):
                     (folder / "out").mkdir()
                 took, peak = timed(command)
+                print(f"  {way}: {took:.2f} s", flush=True)
                 seconds.setdefault(way, []).append(took)
                 memory[way] = max(memory.get(way, 0.0), peak)
                 shutil.rmtree(folder / "out")
