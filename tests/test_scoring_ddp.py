@@ -11,7 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from scoring_world import make_world
+
+import test as test_script
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -29,23 +32,10 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def start(
-    world: Path, results: Path, processes: int | None, *torchrun: str, more: tuple[str, ...] = ()
-) -> subprocess.Popen:
-    """test.py (`processes` None) or test_ddp.py under torchrun, in a process group of its own."""
-    program = [sys.executable, "test.py"]
-    if processes is not None:
-        where = torchrun or (f"--master_port={free_port()}",)
-        program = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            f"--nproc_per_node={processes}",
-            *where,
-            "test_ddp.py",
-        ]
-    flags = ["--ckpt_path", world / "ckpt", "--data_path", world, "--dataset", "toy", "--results_file", results]
-    flags += [
+def flags(world: Path, results: Path) -> list[str]:
+    """Flags of test.py and test_ddp.py."""
+    found = ["--ckpt_path", world / "ckpt", "--data_path", world, "--dataset", "toy", "--results_file", results]
+    found += [
         "--test_batch_size",
         "4",
         "--num_beams",
@@ -55,15 +45,22 @@ def start(
         "--test_prompt_ids",
         "0,2,7",
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return [str(flag) for flag in found]
+
+
+def start(world: Path, results: Path, processes: int, *torchrun: str, more: tuple[str, ...] = ()) -> subprocess.Popen:
+    """test_ddp.py under torchrun."""
+    where = torchrun or (f"--master_port={free_port()}",)
     return subprocess.Popen(
-        [*program, *map(str, flags), *more],
+        [
+            *(sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", *where),
+            *("test_ddp.py", *flags(world, results), *more),
+        ],
         cwd=ROOT,
-        env=environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,
     )
 
 
@@ -73,12 +70,19 @@ def finish(process: subprocess.Popen, code: int | None = 0) -> str:
     return output
 
 
+def in_process(world: Path, results: Path, *more: str) -> Path:
+    """The results file of test.py, run here and with one thread, as the processes of torchrun have."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    test_script.main([*flags(world, results), *more])
+    torch.set_num_threads(threads)
+    return results
+
+
 @pytest.fixture(scope="module")
 def single(world, tmp_path_factory) -> Path:
-    """The results file of test.py."""
-    results = tmp_path_factory.mktemp("single") / "r.json"
-    finish(start(world, results, None))
-    return results
+    """The results file of an uninterrupted test.py."""
+    return in_process(world, tmp_path_factory.mktemp("single") / "r.json")
 
 
 def assert_same(results: Path, single: Path, count: int = 3 * USERS) -> None:
@@ -135,19 +139,17 @@ def wait_for_lines(run: subprocess.Popen, folder: Path, count: int) -> None:
 
 
 def test_killed_processes_lose_nothing(world, tmp_path):
-    """kill -9 of everything, twice, then another number of processes: the files of an uninterrupted run."""
+    """kill -9 of everything, then another number of processes: the files of an uninterrupted run."""
     every = ("--test_prompt_ids", "all", "--test_batch_size", "1", "--num_beams", "40")  # slow enough to be caught
-    finish(start(world, tmp_path / "whole/r.json", None, more=every))
-    for processes in (2, 3):
-        before = predictions(tmp_path / "cut/r.partial")
-        run = start(world, tmp_path / "cut/r.json", processes, more=every)
-        wait_for_lines(run, tmp_path / "cut/r.partial", before + 20)
-        for pid in [run.pid, *children(run.pid)]:
-            os.kill(pid, signal.SIGKILL)
-        finish(run, code=-signal.SIGKILL)
+    whole = in_process(world, tmp_path / "whole/r.json", *every)
+    run = start(world, tmp_path / "cut/r.json", 3, more=every)
+    wait_for_lines(run, tmp_path / "cut/r.partial", 20)
+    for pid in [run.pid, *children(run.pid)]:
+        os.kill(pid, signal.SIGKILL)
+    finish(run, code=-signal.SIGKILL)
     output = finish(start(world, tmp_path / "cut/r.json", 2, more=every))
     assert "going on: " in output
-    assert_same(tmp_path / "cut/r.json", tmp_path / "whole/r.json", 17 * USERS)
+    assert_same(tmp_path / "cut/r.json", whole, 17 * USERS)
 
 
 def children(parent: int) -> list[int]:
