@@ -4,15 +4,17 @@
     python report.py --results_file results/a.json results/b.json …        # several seeds, one row each
 
 Reads `<stem>.predictions.jsonl` beside each results file; the metrics are computed anew from it. References are computed
-here: `random` (its expectation), `popularity` (how often an item occurs in the training parts), and `popularity, unseen`,
-which leaves out what the user has interacted with before. Writes `<first stem>.table.md`
+here: `random` (its expectation) and `popularity` (how often an item occurs in the training parts). The rows `…, unseen` leave
+out what the user has interacted with before: from the whole ranking of popularity, and from the model's beams. Writes `<first stem>.table.md`
 (or `--table_file`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -85,13 +87,23 @@ def references(data: RecData, names: str) -> dict[str, dict[str, np.ndarray | fl
     }
 
 
-def model_ranks(path: Path) -> np.ndarray:
-    """The target's rank by prompt and sample, from a predictions file: int (prompts, samples).
+def without_seen(records: Iterable[dict[str, Any]], data: RecData) -> Iterator[dict[str, Any]]:
+    """The records without the items that their users have met before the target: the lists get shorter."""
+    seen = {
+        user: {data.canonical[item] for item in items[:-1]} - {data.canonical[items[-1]]}
+        for user, items in data.inters.items()
+    }
+    for record in records:
+        yield {**record, "items": [item for item in record["items"] if item not in seen[record["user"]]]}
+
+
+def model_ranks(records: Iterable[dict[str, Any]], path: Path) -> np.ndarray:
+    """The target's rank by prompt and sample, from the records of a predictions file: int (prompts, samples).
 
     Raises:
         UserError: the prompts do not have the same number of samples.
     """
-    ranks = ranks_of(read_predictions(path))
+    ranks = ranks_of(records)
     if len({len(row) for row in ranks.values()}) != 1:
         raise UserError(f"{path}: the prompts have different numbers of samples; score them all with one command")
     return np.array(list(ranks.values()))
@@ -130,11 +142,14 @@ def main(argv: list[str] | None = None) -> None:
         task = read_json(path).get("config", {}).get("task", "seqrec")
         if task != "seqrec":
             raise UserError(f"{path}: is of the task {task}; the references are for seqrec")
-        ranks = model_ranks(path.with_name(f"{path.stem}.predictions.jsonl"))
+        predictions = path.with_name(f"{path.stem}.predictions.jsonl")
+        ranks = model_ranks(read_predictions(predictions), predictions)
         if ranks.shape[1] != len(data.inters):
             say(f"note: {path} has {ranks.shape[1]} of the {len(data.inters)} users; the references have all")
-        label = "LC-Rec" if len(args.results_file) == 1 else f"LC-Rec ({path.parent.name}/{path.stem})"
+        label = "LC-Rec" if len(args.results_file) == 1 else f"LC-Rec ({path.parent.name})"
         rows[label] = values(ranks, args.metrics)
+        unseen = model_ranks(without_seen(read_predictions(predictions), data), predictions)
+        rows[f"{label}, unseen"] = values(unseen, args.metrics)
     text = table(rows, args.metrics)
     note = f"{data.name}: {len(data.inters):,} users, all {len(data.titles):,} items ranked; brackets: 95 % bootstrap over users."
     target = args.table_file or args.results_file[0].with_name(f"{args.results_file[0].stem}.table.md")

@@ -52,6 +52,9 @@ def test_table_from_the_files_of_a_run(toy, tmp_path, capsys):
             file.write(json.dumps(record | {"items": items, "scores": [0.0] * 4}) + "\n")
     flags = ["--results_file", str(results), "--data_path", str(toy), "--dataset", "Toy", "--metrics", "hit@1,hit@2"]
     report.main(flags)
-    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| LC-Rec"))
-    assert [cell.split()[0] for cell in row.split("|")[2:4]] == ["0.2500", "0.5000"]
-    assert row in (tmp_path / "result.table.md").read_text()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| LC-Rec")]
+    assert [cell.split()[0] for cell in rows[0].split("|")[2:4]] == ["0.2500", "0.5000"]
+    # without what they have seen the lists are [4], [0, 3, 1, 2], [3, 4] and [4]
+    assert rows[1].startswith("| LC-Rec, unseen |")
+    assert [cell.split()[0] for cell in rows[1].split("|")[2:4]] == ["0.5000", "0.7500"]
+    assert all(row in (tmp_path / "result.table.md").read_text() for row in rows)
