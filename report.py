@@ -4,9 +4,9 @@
     python report.py --results_file results/a.json results/b.json …        # several seeds, one row each
 
 Reads `<stem>.predictions.jsonl` beside each results file; the metrics are computed anew from it. References are computed
-here: `random` (its expectation) and `popularity` (how often an item occurs in the training parts). The rows `…, unseen` leave
-out what the user has interacted with before: from the whole ranking of popularity, and from the model's beams. Writes `<first stem>.table.md`
-(or `--table_file`).
+here: `random` (its expectation) and `popularity` (how often an item occurs in the training parts). The rows `…, unseen`
+leave out what the user has interacted with before: from the whole ranking of popularity, and from the model's beams.
+Writes `<first stem>.table.md` (or `--table_file`).
 """
 
 from __future__ import annotations
