@@ -79,7 +79,8 @@ _TRAINER = {
     "transformers.training_args.ParallelMode",
     "transformers.training_args.TrainingArguments",
 }
-ALLOWED = frozenset(_TORCH | _NUMPY | _DEEPSPEED | _TRAINER)
+ALLOWED = frozenset(_TORCH | _NUMPY | _DEEPSPEED)
+ALLOWED_IN = {"training_args.bin": ALLOWED | _TRAINER}  # nothing here or in the trainer unpickles that file
 
 
 def pickle_globals(data: bytes) -> set[str]:
@@ -110,7 +111,7 @@ def scan_file(path: Path) -> list[str]:
         reader = torch._C.PyTorchFileReader(str(path))
         if "constants.pkl" in reader.get_all_records():
             return ["<TorchScript>"]
-        return sorted(pickle_globals(reader.get_record("data.pkl")) - ALLOWED)
+        return sorted(pickle_globals(reader.get_record("data.pkl")) - ALLOWED_IN.get(path.name, ALLOWED))
     except (RuntimeError, ValueError, KeyError, IndexError, EOFError):
         return ["<not a torch archive>"]
 

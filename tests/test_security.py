@@ -250,6 +250,15 @@ def test_allowed_names_are_only_those_needed():
     assert not {"torch.load", "torch.jit.load", "torch.hub.load", "numpy.load", "copyreg._reconstructor"} & ALLOWED
 
 
+def test_the_trainers_classes_are_allowed_in_its_own_file_only(tmp_path):
+    from transformers import TrainingArguments
+
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    for name, wanted in (("training_args.bin", 0), ("scheduler.pt", 1)):
+        torch.save(arguments, tmp_path / name)
+        assert ("transformers.training_args.TrainingArguments" in scan_file(tmp_path / name)) == bool(wanted)
+
+
 def test_latest_cannot_point_out_of_the_checkpoint(checkpoint):
     outside = checkpoint.parent / "outside"
     shutil.move(checkpoint / "global_step2", outside)
