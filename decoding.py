@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-__all__ = ["ItemTrie", "PrefixCache", "beam_search"]
+__all__ = ["ItemTrie", "PrefixCache", "beam_search", "pack_linears"]
 
 # Below this many common tokens a forward pass of their own costs more than it saves.
 SHORTEST_PREFIX = 8
@@ -471,6 +471,58 @@ def _as_4d(model: PreTrainedModel, visible: Tensor) -> Tensor:
     return torch.zeros(visible.shape, dtype=model.dtype, device=visible.device).masked_fill(
         ~visible, torch.finfo(model.dtype).min
     )
+
+
+# ---- weights laid out for the CPU ----
+
+
+class _PackedLinear(torch.nn.Module):
+    """A linear layer whose float32 weight oneDNN has laid out for its matrix kernels; computes what it replaces."""
+
+    ROWS = 1024  # about how many rows come at once (batch × beams, or batch × prompt): the layout is chosen for it
+
+    def __init__(self, linear: torch.nn.Linear):
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), self.ROWS)
+        self.bias = linear.bias
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """float32 `(…, in)` → `(…, out)`."""
+        return torch.ops.mkldnn._linear_pointwise(inputs, self.packed, self.bias, "none", [], "")
+
+
+@torch.inference_mode()
+def pack_linears(model: PreTrainedModel) -> bool:
+    """Lay out the weights of a float32 model on the CPU for oneDNN, in place: about a tenth faster, for decoding only.
+
+    The layers lose their `weight`, so the model can no longer be saved or trained. Where PyTorch has no such kernels, or
+    the model's outputs would change by more than rounding, nothing is changed.
+
+    Returns:
+        Whether the model is packed.
+    """
+    if model.device.type != "cpu" or model.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return False
+    places = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) is torch.nn.Linear
+    ]
+    count = model.get_input_embeddings().weight.shape[0]
+    tokens = (torch.arange(16)[None] * 7 + 1) % count
+    before = model(input_ids=tokens, use_cache=False).logits
+    try:
+        for parent, name, child in places:
+            setattr(parent, name, _PackedLinear(child))
+        after = model(input_ids=tokens, use_cache=False).logits
+        if (after - before).abs().max() <= 1e-4 * before.abs().max():
+            return True
+    except (RuntimeError, AttributeError, TypeError):
+        pass
+    for parent, name, child in places:
+        setattr(parent, name, child)
+    return False
 
 
 # ---- which models take beams as query positions ----

@@ -29,6 +29,7 @@ from typing import Any
 from arguments import add_data, add_global, make_parser
 from collator import encode_prompts
 from data import HistoryFormat, RecData, clean_title, load_data
+from decoding import pack_linears
 from modeling import DTYPES, load_for_test, pick_device
 from prompt import Prompts, Template, load_prompts
 from scoring import Scorer, check_length
@@ -302,6 +303,7 @@ def main(argv: list[str] | None = None) -> None:
         data = load_data(args.data_path, args.dataset, args.index_file)
         device = pick_device(args.gpu_id)
         model, tokenizer = load_for_test(args.ckpt_path, args.base_model, args.lora, device, DTYPES.get(args.dtype))
+        pack_linears(model)
         prompts = load_prompts(args.prompt_file)
     form = HistoryFormat(args.max_his_len, args.add_prefix, args.his_sep)
     recommender = Recommender(model, tokenizer, data, prompts, form, args.num_beams, args.prompt_id)

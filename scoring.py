@@ -29,7 +29,7 @@ from tqdm import tqdm
 from arguments import TEST_TASKS, add_data, add_global, add_test, make_parser
 from collator import encode_prompts, pad
 from data import TASKS, HistoryFormat, RecData, TestSet, load_data
-from decoding import ItemTrie, PrefixCache, beam_search
+from decoding import ItemTrie, PrefixCache, beam_search, pack_linears
 from evaluate import check_metrics, ranks_of, summarise, too_long
 from metrics.ranking import means, rank_of
 from modeling import DTYPES, item_token_ids, load_for_test, pick_device
@@ -100,6 +100,7 @@ def run(args: argparse.Namespace, single: bool) -> dict[str, Any]:
     if missing:
         dtype = DTYPES.get(args.dtype)
         model, tokenizer = load_for_test(args.ckpt_path, args.base_model, args.lora, device, dtype)
+        pack_linears(model)
         scorer = Scorer(model, tokenizer, data, args.num_beams, args.test_batch_size)
         progress = Progress(len(missing), args.metrics)
         for prompt in prompt_ids:

@@ -7,7 +7,7 @@ Measured in turn, on the same prompts (template 0 of seqrec over real test histo
 
 a  generate with `prefix_allowed_tokens_fn` and one set of tokens per position, one user at a time (LC-Rec's original way)
 b  generate with `prefix_allowed_tokens_fn` and a prefix trie, one user at a time
-c  decoding.beam_search, batches by length
+c  decoding.beam_search, batches by length, weights packed for the CPU: as test.py does it
 d  one forward pass over the prompts in the same batches, logits of the last position only: nothing is decoded
 
 Histories are those of `../shared/data/Office` (Amazon 2018) if that is there, else of MovieLens-100k. The index is random
@@ -16,6 +16,7 @@ Histories are those of `../shared/data/Office` (Amazon 2018) if that is there, e
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import statistics
@@ -36,7 +37,7 @@ from collator import encode_prompts, pad  # noqa: E402
 from data import HistoryFormat, RecData, TestSet, load_data  # noqa: E402
 from data_process import base_model, from_recbole  # noqa: E402
 from data_process.fetch import fetch  # noqa: E402
-from decoding import ItemTrie, PrefixCache, beam_search  # noqa: E402
+from decoding import ItemTrie, PrefixCache, beam_search, pack_linears  # noqa: E402
 from modeling import DTYPES, add_item_tokens, grow_vocabulary, item_token_ids, load_model, load_tokenizer  # noqa: E402
 from prompt import load_prompts  # noqa: E402
 from utils import run_main, set_seed, versions, write_json  # noqa: E402
@@ -96,6 +97,8 @@ class Ways:
 
     def __init__(self, model: Any, tokenizer: Any, data: RecData, options: Any):
         self.model, self.options, self.device = model, options, options.device
+        self.packed = copy.deepcopy(model)  # as test.py uses it
+        pack_linears(self.packed)
         self.rows = item_token_ids(tokenizer, data)
         self.eos, self.pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
         self.trie = ItemTrie(self.rows, self.eos).to(self.device)
@@ -149,10 +152,10 @@ class Ways:
     def c(self, prompts: list[list[int]]) -> list[list[int]]:
         """decoding.beam_search, as scoring.py calls it."""
 
-        prefix = PrefixCache(self.model, os.path.commonprefix(prompts)[: min(map(len, prompts)) - 1])
+        prefix = PrefixCache(self.packed, os.path.commonprefix(prompts)[: min(map(len, prompts)) - 1])
         lists = []
         for ids, mask in self._batches(prompts):
-            lists += beam_search(self.model, self.trie, ids, mask, self.options.num_beams, prefix)[0].tolist()
+            lists += beam_search(self.packed, self.trie, ids, mask, self.options.num_beams, prefix)[0].tolist()
         return lists
 
     @torch.inference_mode()

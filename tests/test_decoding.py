@@ -1,5 +1,6 @@
 """decoding.py against two oracles: transformers' generate under a trie constraint, and brute force over the catalogue."""
 
+import copy
 import functools
 
 import numpy as np
@@ -257,6 +258,34 @@ def test_an_adapter_is_decoded_as_its_merged_model():
     ids, mask = random_prompts(rng, 3, 12)
     found = beam_search(adapted, trie, ids, mask, 10)
     assert_same(*found, *beam_search(adapted.merge_and_unload(), trie, ids, mask, 10))
+
+
+@pytest.mark.parametrize("kind", [*CONFIGS])
+def test_packed_weights_change_nothing_but_rounding(kind):
+    model = copy.deepcopy(build(kind))
+    rng = np.random.default_rng(4)
+    trie = ItemTrie(random_catalogue(rng, 4, 200, 12, False), EOS)
+    ids, mask = random_prompts(rng, 3, 12)
+    wanted = beam_search(build(kind), trie, ids, mask, 10)
+    packed = decoding.pack_linears(model)
+    assert packed == any(isinstance(module, decoding._PackedLinear) for module in model.modules())
+    assert packed or not torch.backends.mkldnn.is_available() or kind in ("gpt2", "state")
+    assert_same(*beam_search(model, trie, ids, mask, 10), *wanted)
+
+
+def test_what_cannot_be_packed_stays_as_it_is(monkeypatch):
+    assert not decoding.pack_linears(build("llama", torch.bfloat16))
+    model = copy.deepcopy(build("llama"))
+    before = [type(module) for module in model.modules()]
+    monkeypatch.setattr(decoding._PackedLinear, "forward", lambda self, inputs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # a bug is not hidden
+        decoding.pack_linears(model)
+    model = copy.deepcopy(build("llama"))
+    monkeypatch.setattr(decoding._PackedLinear, "__init__", lambda self, linear: torch.ops.mkldnn._no_such_kernel)
+    assert not decoding.pack_linears(model)
+    assert [type(module) for module in model.modules()] == before
+    ones = torch.ones(1, 3, dtype=torch.long)
+    assert torch.equal(model(ones).logits, build("llama")(ones).logits)
 
 
 def test_what_cannot_be_decoded_is_refused():
