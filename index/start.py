@@ -14,7 +14,7 @@ from models.rqvae import RQVAE
 from models.sinkhorn import center_distances, log_plan
 from parallel import Processes
 
-SAMPLE = 131_072  # rows at most for k-means; more change the centres little
+SAMPLE = 32_768  # rows at most for k-means; more change the centres little
 BALANCE_ROWS = 16_384  # rows at most for balanced rounds, which need a plan of rows × codes
 BALANCE_EPSILON = 0.02
 
@@ -51,7 +51,7 @@ def balanced_centers(rows: torch.Tensor, centers: torch.Tensor, rounds: int) -> 
 
 
 def sampled_latents(model: RQVAE, embeddings: Embeddings) -> torch.Tensor:
-    """Latent vectors of all items, or of 131,072 of them, in an order drawn from the seed: float32 (n, e_dim)."""
+    """Latent vectors of all items, or of 32,768 of them, in an order drawn from the seed: float32 (n, e_dim)."""
     picks = np.random.default_rng(model.config.seed).permutation(len(embeddings))[:SAMPLE]
     batches = np.array_split(picks, -(-len(picks) // 4096))
     return torch.cat([model.encoder(x) for x in embeddings.batches(batches)])
@@ -76,7 +76,7 @@ def start(
 
     Args:
         components: encoder and decoder start at the principal components.
-        all_rows: codebooks start at k-means centres of all items' residuals (a sample of 131,072 at most), not of the
+        all_rows: codebooks start at k-means centres of all items' residuals (a sample of 32,768 at most), not of the
             first batch's.
         balance_rounds: rounds of `balanced_centers` after that, on the later half of the levels.
     """
