@@ -102,7 +102,9 @@ def smollm2(target: Path) -> None:
     folder = fetch("smollm2")
     name = next(folder.glob("*.gguf")).name
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-    # a fresh model of the same configuration: the loaded one remembers its quantisation and refuses to be saved
+    # a fresh model of the same configuration: the loaded one remembers its quantisation and refuses to be saved, and so
+    # would every model that is loaded from the folder if its configuration told of it
+    vars(loaded.config).pop("quantization_config", None)
     model = LlamaForCausalLM(loaded.config)
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
