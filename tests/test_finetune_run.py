@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,8 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import make_model, write_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = "seqrec,item2index,index2item,fusionseqrec,itemsearch,preferenceobtain"
@@ -42,7 +45,16 @@ def command(folder: Path, *flags: str, processes: int = 1, out: str = "out") -> 
 
 
 def free_port() -> int:
-    return random.randrange(20000, 30000)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def inside(args: list[str]) -> None:
+    """finetune.py in this process: for one process without DeepSpeed, which saves the time that imports take."""
+    import finetune
+
+    finetune.main(args[2:])
 
 
 def run(*args: str, status: int = 0, **more: object) -> str:
@@ -125,9 +137,9 @@ def test_two_processes_with_zero3_from_finetune_to_a_plain_model(world):
 
 
 @pytest.mark.slow
-def test_kill_minus_nine_then_resume_equals_the_run_without_interruption(world):
+def test_kill_minus_nine_then_resume_equals_the_run_without_interruption(world, capsys):
     flags = ["--deepspeed", "none", "--save_and_eval_strategy", "epoch", "--epochs", "3"]
-    run(command(world, *flags, out="whole"))
+    inside(command(world, *flags, out="whole"))
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     victim = subprocess.Popen(
         command(world, *flags, "--resume_from_checkpoint", "auto", out="cut"),
@@ -145,7 +157,8 @@ def test_kill_minus_nine_then_resume_equals_the_run_without_interruption(world):
     assert not (world / "cut" / "config.json").exists(), "it was killed too late"
     unfinished = world / "cut" / ".checkpoint-99.partial"  # a save that was cut off
     unfinished.mkdir()
-    text = run(command(world, *flags, "--resume_from_checkpoint", "auto", out="cut"))
+    inside(command(world, *flags, "--resume_from_checkpoint", "auto", out="cut"))
+    text = capsys.readouterr().out
     assert "resuming from" in text and "checkpoint-8" in text
     assert not unfinished.exists()
     last = max((world / "whole").glob("checkpoint-*"), key=lambda path: int(path.name[11:])).name
@@ -158,7 +171,7 @@ def test_kill_minus_nine_then_resume_equals_the_run_without_interruption(world):
 def test_changed_data_and_flags_are_refused_on_resume(world):
     flags = ["--deepspeed", "none", "--epochs", "1", "--tasks", "seqrec", "--train_prompt_sample_num", "1"]
     flags += ["--train_data_sample_num", "8"]
-    run(command(world, *flags, out="once"))
+    inside(command(world, *flags, out="once"))
     again = [*flags, "--resume_from_checkpoint", "auto"]
     text = run(command(world, *again, "--max_his_len", "3", out="once"), status=2)
     assert "error: --max_his_len is 3, but the run to go on with had 20" in text and "Traceback" not in text
@@ -166,10 +179,48 @@ def test_changed_data_and_flags_are_refused_on_resume(world):
     before = items.read_text()
     try:
         items.write_text(before.replace("made to last", "made to break"))
-        assert "Toy.item.json has changed since the run began" in run(command(world, *again, out="once"), status=2)
+        with pytest.raises(UserError, match="Toy.item.json has changed since the run began"):
+            inside(command(world, *again, out="once"))
     finally:
         items.write_text(before)
-    assert "holds a run already" in run(command(world, *flags, out="once"), status=2)
+    with pytest.raises(UserError, match="holds a run already"):
+        inside(command(world, *flags, out="once"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["z2_bf16", "z2_bf16_offload", "z3_bf16_offload"])
+def test_every_bf16_configuration_trains_on_two_nodes(world, name):
+    """Two torchrun agents on loopback stand for two nodes."""
+    flags = ["--bf16", "--deepspeed", f"config/ds_{name}.json", "--epochs", "1"]
+    args = command(world, *flags, out=name)[1:]
+    start = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d"]
+    start += [f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_id=test", "--local_addr=127.0.0.1"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    nodes = [
+        subprocess.Popen(
+            [*start, *args], env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for _ in range(2)
+    ]
+    texts = [node.communicate(timeout=240)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], texts[0][-3000:] + texts[1][-3000:]
+    assert json.loads((world / name / "run.json").read_text())["processes"] == 2
+    AutoModelForCausalLM.from_pretrained(world / name)
+
+
+@pytest.mark.slow
+def test_a_zero3_run_resumes_with_the_same_losses(world):
+    flags = ["--bf16", "--packing", "--deepspeed", "config/ds_z3_bf16_save16bit.json"]
+    run(command(world, *flags, processes=2, out="zero"))
+    assert (world / "zero" / "checkpoint-4" / "model.safetensors").is_file()
+    cut = world / "zero-cut"
+    cut.mkdir()
+    shutil.copy(world / "zero" / "run.json", cut)
+    shutil.copytree(world / "zero" / "checkpoint-4", cut / "checkpoint-4")
+    run(command(world, *flags, "--resume_from_checkpoint", "auto", processes=2, out="zero-cut"))
+    assert losses(cut / "checkpoint-8") == losses(world / "zero" / "checkpoint-8")
+    one, other = (load_file(folder / "model.safetensors") for folder in (world / "zero", cut))
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def merged_by_hand(world: Path, adapter: Path) -> torch.nn.Module:
@@ -220,7 +271,10 @@ def test_lora_from_finetune_to_a_model_that_scores_as_the_adapter_says(world, pr
     torch.save(load_file(folder / "adapter_model.safetensors"), old / "adapter_model.bin")
     (old / "adapter_config.json").write_text((folder / "adapter_config.json").read_text())
     more = ["--resume_from_checkpoint", str(old), "--learning_rate", "0", "--epochs", "1"]
-    run(command(world, *flags, *more, processes=processes, out=f"{out}-more"))
+    if processes == 1:
+        inside(command(world, *flags, *more, out=f"{out}-more"))
+    else:
+        run(command(world, *flags, *more, processes=processes, out=f"{out}-more"))
     one, other = (load_file(path / "adapter_model.safetensors") for path in (folder, world / f"{out}-more"))
     for key in one:
         torch.testing.assert_close(one[key].float(), other[key].float(), atol=1e-2, rtol=1e-2)
@@ -229,10 +283,9 @@ def test_lora_from_finetune_to_a_model_that_scores_as_the_adapter_says(world, pr
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--load_in_4bit"], ["--load_in_8bit"]], ids=["lora", "4 bits", "8 bits"])
 def test_only_the_new_rows_train(tmp_path, flags):
-    import finetune
     from modeling import load_for_test
 
-    make_model("llama", tmp_path / "base", hidden_size=64, intermediate_size=128)
+    make_model("llama", tmp_path / "base", hidden_size=64, intermediate_size=128, head_dim=16)
     write_dataset(tmp_path / "data")
     own = [
         "--lora",
@@ -244,7 +297,7 @@ def test_only_the_new_rows_train(tmp_path, flags):
         "--lora_target_modules",
         "q_proj",
     ]
-    finetune.main(command(tmp_path, *own, *flags, "--epochs", "1")[2:])
+    inside(command(tmp_path, *own, *flags, "--epochs", "1"))
     model, tokenizer = load_for_test(str(tmp_path / "out"), str(tmp_path / "base"), lora=True)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     for get in ("get_input_embeddings", "get_output_embeddings"):
