@@ -13,6 +13,7 @@ reached where reconstruction and collision rate are both at or below the plain l
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import subprocess
@@ -68,14 +69,21 @@ class Clock:
         self.since = time.perf_counter(), time.process_time()
 
     @torch.no_grad()
-    def measure(self, model: RQVAE, epoch: int) -> Point:
+    def measure(self, model: RQVAE, epoch: int, finish: Callable[[RQVAE], None] | None = None) -> Point:
+        """Quality now; with `finish`, of a copy that was finished as at the end of a run, its time included."""
         self.seconds += time.perf_counter() - self.since[0]
         self.cpu_seconds += time.process_time() - self.since[1]
+        extra = 0.0, 0.0
+        if finish:
+            before = time.perf_counter(), time.process_time()
+            model = copy.deepcopy(model)
+            finish(model)
+            extra = time.perf_counter() - before[0], time.process_time() - before[1]
         model.eval()
         output, _, codes = model(self.x, use_sk=False)
         figures = index_figures(codes.numpy(), model.config.num_emb_list)
         error = float(functional.mse_loss(output, self.x))
-        self.points.append(Point(self.seconds, self.cpu_seconds, epoch, error, figures))
+        self.points.append(Point(self.seconds + extra[0], self.cpu_seconds + extra[1], epoch, error, figures))
         model.train()
         self.since = time.perf_counter(), time.process_time()
         return self.points[-1]
@@ -131,12 +139,19 @@ def plain_loop(x: torch.Tensor, epochs: int, warmup_epochs: int, seed: int) -> l
 
 
 def fast_preset(path: str, x: torch.Tensor, seed: int, epochs: int | None, folder: str) -> list[Point]:
-    """index/ with `--preset fast`, its start included in the time; measured after the start, each epoch and the end."""
+    """index/ with `--preset fast`, its start included in the time.
+
+    Measured after the start and at tenths of the way, each time as if the run ended there.
+    """
     flags = ["--preset", "fast", "--data_path", path, "--ckpt_dir", folder, "--device", "cpu", "--seed", str(seed)]
     args, _ = index_main.parse(flags + (["--epochs", str(epochs)] if epochs else []))
     index_main.set_seed(seed)
     device = torch.device("cpu")
     processes, embeddings = Processes(device), Embeddings(path, device)
+
+    def finish(model: RQVAE) -> None:
+        balance(model, embeddings, processes, args.balance_rounds)
+
     clock = Clock(x)
     model = RQVAE(embeddings.dim, RQVAEConfig.from_args(args))
     start(model, embeddings, processes, components=True, all_rows=True, balance_rounds=args.balance_rounds)
@@ -144,10 +159,8 @@ def fast_preset(path: str, x: torch.Tensor, seed: int, epochs: int | None, folde
     trainer = Trainer(model, embeddings, args, Path(folder), processes)
     for epoch in range(args.epochs):
         trainer.train_epoch(epoch)
-        if epoch + 1 == args.epochs:
-            balance(model, embeddings, processes, args.balance_rounds)
-        if (epoch + 1) % max(1, args.epochs // 10) == 0:
-            show("fast", clock.measure(model, epoch + 1))
+        if (epoch + 1) % max(1, args.epochs // 10) == 0 or epoch + 1 == args.epochs:
+            show("fast", clock.measure(model, epoch + 1, finish))
     return clock.points
 
 
