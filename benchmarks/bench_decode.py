@@ -181,7 +181,7 @@ def compare(kind: str, ways: Ways, prompts: list[list[int]], options: Any) -> No
     """Time the four ways in turn, and print figures and ratios."""
     few = prompts[:: max(1, len(prompts) // options.slow_users)]
     for way in (ways.c, ways.d):  # warm up
-        way(prompts[: options.batch_size])
+        way(prompts[:2])
     times: dict[str, list[float]] = {name: [] for name in "abcd"}
     lists: dict[str, list[list[int]]] = {}
     for turn in range(options.repeat):
