@@ -2,7 +2,7 @@
 # What each group of tasks adds: SEQ, then +MUT, +ASY, +ITE, +PER, as in the paper's ablation, on the embedded default.
 #
 #   bash benchmarks/ablation.sh                             MovieLens-100k, the tiny model; prints a table, test split
-#   SPLIT_SEEDS="42 43 44" bash benchmarks/ablation.sh      mean over seeds
+#   SEEDS="42 43 44" bash benchmarks/ablation.sh      mean over seeds
 #   STEPS=500 bash benchmarks/ablation.sh                   a fixed number of optimiser steps for every row
 #
 # SEQ seqrec | MUT item2index, index2item | ASY fusionseqrec | ITE itemsearch | PER preferenceobtain.
@@ -19,7 +19,7 @@ copies=(1 1,1 1 1 1)
 
 bash run.sh data embed index base
 rows=()
-for seed in ${SPLIT_SEEDS:-42}; do
+for seed in ${SEEDS:-42}; do
   all="" number="" copy=""
   for i in "${!names[@]}"; do
     all="${all:+$all,}${tasks[$i]}" number="${number:+$number,}${samples[$i]}" copy="${copy:+$copy,}${copies[$i]}"

@@ -58,7 +58,12 @@ def test_deepspeed_itself_accepts_the_configuration(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_what_the_command_line_decides_is_auto(name):
     config = json.loads((CONFIG / name).read_text())
-    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"):
+    for key in (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+    ):
         assert config[key] == "auto"
     assert config["fp16" if "fp16" in name else "bf16"]["enabled"] == "auto"
     assert "optimizer" not in config and "scheduler" not in config
@@ -111,7 +116,9 @@ def test_what_changed_is_named(new, message):
 
 
 def test_what_may_change_passes():
-    finetune.check_same_run(facts(), facts(arguments={"epochs": 4, "learning_rate": 1e-3, "logging_step": 1}), Path("r"))
+    finetune.check_same_run(
+        facts(), facts(arguments={"epochs": 4, "learning_rate": 1e-3, "logging_step": 1}), Path("r")
+    )
 
 
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
