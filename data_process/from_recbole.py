@@ -2,8 +2,8 @@
 
     python data_process/from_recbole.py --source FOLDER --data_path ./data --dataset ml-100k --k_core 5
 
-Keeps interactions in order of time (equal times: the file's order), only the first of a user with an item, and users and
-items with at least `--k_core` interactions. Writes `<D>.inter.json`, `<D>.item.json`, `<D>.user2id` and `<D>.item2id`.
+Keeps interactions in order of time (equal times: by item, so that the split does not depend on the order of the file's
+lines), only the first of a user with an item, and users and items with at least `--k_core` interactions. Writes `<D>.inter.json`, `<D>.item.json`, `<D>.user2id` and `<D>.item2id`.
 The fields are found by their RecBole names (`user_id`, `item_id`, `timestamp`, `rating`; the first field that ends in
 `title` or `name`), or as you name them. The description is made of the remaining fields: a text field `description` is
 taken as it is, the year and category fields become a sentence.
@@ -68,6 +68,11 @@ def k_core(users: np.ndarray, items: np.ndarray, k: int) -> np.ndarray:
             return keep
 
 
+def natural(name: str) -> tuple:
+    """A sorting key that puts 2 before 10."""
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part)
+
+
 def sequences(users: list[str], items: list[str], times: list[str], k: int) -> dict[str, list[str]]:
     """Every user's items, oldest first, each item once, after the k-core filter."""
     try:
@@ -75,21 +80,18 @@ def sequences(users: list[str], items: list[str], times: list[str], k: int) -> d
     except ValueError as error:
         raise UserError(f"a time is not a number: {error}") from None
     user_names, user_ids = np.unique(np.array(users), return_inverse=True)
-    item_names, item_ids = np.unique(np.array(items), return_inverse=True)
-    order = np.argsort(moments, kind="stable")
+    item_names = sorted(set(items), key=natural)
+    numbers = {name: number for number, name in enumerate(item_names)}
+    item_ids = np.array([numbers[item] for item in items])
+    order = np.lexsort((item_ids, moments))
     pairs = user_ids[order].astype(np.int64) * len(item_names) + item_ids[order]
     first = np.sort(np.unique(pairs, return_index=True)[1])
     order = order[first]
     order = order[k_core(user_ids[order], item_ids[order], k)]
     found: dict[str, list[str]] = {}
     for user, item in zip(user_ids[order], item_ids[order], strict=True):
-        found.setdefault(str(user_names[user]), []).append(str(item_names[item]))
+        found.setdefault(str(user_names[user]), []).append(item_names[item])
     return found
-
-
-def natural(name: str) -> tuple:
-    """A sorting key that puts 2 before 10."""
-    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part)
 
 
 def title_field(table: Table, path: Path, wanted: str | None) -> str:

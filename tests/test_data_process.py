@@ -15,8 +15,8 @@ u1\tx\t5\t30
 u1\ty\t4\t10
 u1\tz\t3\t20
 u1\tx\t5\t5
-u2\tx\t1\t1
 u2\ty\t5\t1
+u2\tx\t1\t1
 u2\tz\t5\t0
 u3\tx\t5\t1
 """
@@ -44,7 +44,7 @@ def run(atomic, *more):
 
 def test_order_first_interaction_and_core(atomic, capsys):
     files, folder = run(atomic, "--k_core", "2", "--item_kind", "movie")
-    # u1 met x first at 5; equal times of u2 keep the file's order; u3 has one interaction only
+    # u1 met x first at 5; equal times of u2 go by item; u3 has one interaction only
     assert files["inter"] == {"0": [0, 1, 2], "1": [2, 0, 1]}
     assert files["item"]["0"] == {
         "title": "Heat, The",
