@@ -3,10 +3,10 @@
     python data_process/from_recbole.py --source FOLDER --data_path ./data --dataset ml-100k --k_core 5
 
 Keeps interactions in order of time (equal times: by item, so that the split does not depend on the order of the file's
-lines), only the first of a user with an item, and users and items with at least `--k_core` interactions. Writes `<D>.inter.json`, `<D>.item.json`, `<D>.user2id` and `<D>.item2id`.
-The fields are found by their RecBole names (`user_id`, `item_id`, `timestamp`, `rating`; the first field that ends in
-`title` or `name`), or as you name them. The description is made of the remaining fields: a text field `description` is
-taken as it is, the year and category fields become a sentence.
+lines), only the first of a user with an item, and users and items with at least `--k_core` interactions. Writes
+`<D>.inter.json`, `<D>.item.json`, `<D>.user2id` and `<D>.item2id`. The fields are found by their RecBole names (`user_id`,
+`item_id`, `timestamp`, `rating`; the first field that ends in `title` or `name`), or as you name them. The description is
+a text field `description` as it is, or else a sentence from the year and category fields.
 """
 
 from __future__ import annotations
