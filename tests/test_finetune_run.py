@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-TASKS = "seqrec,item2index,index2item,fusionseqrec,itemsearch,preferenceobtain"
+ZERO3 = ("--bf16", "--packing", "--learning_rate", "3e-2")
 
 
 def command(folder: Path, *flags: str, processes: int = 1, out: str = "out") -> list[str]:
@@ -103,9 +103,15 @@ def loss_of(model: torch.nn.Module, tokenizer: object, folder: Path) -> float:
     return total / count
 
 
+@pytest.fixture(scope="module")
+def zero3(world) -> str:
+    """What a run under ZeRO-3 with two processes, in `world/out`, said."""
+    return run(command(world, *ZERO3, processes=2))
+
+
 @pytest.mark.slow
-def test_two_processes_with_zero3_from_finetune_to_a_plain_model(world):
-    text = run(command(world, "--bf16", "--packing", "--learning_rate", "3e-2", processes=2))
+def test_two_processes_with_zero3_from_finetune_to_a_plain_model(world, zero3):
+    text = zero3
     assert "the 14 item-token rows train, in embeddings and head" in text
     assert "Warning" not in text, text
     folder = world / "out"
@@ -188,7 +194,7 @@ def test_changed_data_and_flags_are_refused_on_resume(world):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["z2_bf16", "z2_bf16_offload", "z3_bf16_offload"])
+@pytest.mark.parametrize("name", ["z2_bf16", "z2_bf16_offload", "z3_bf16_offload", "z3_bf16_save16bit"])
 def test_every_bf16_configuration_trains_on_two_nodes(world, name):
     """Two torchrun agents on loopback stand for two nodes."""
     flags = ["--bf16", "--deepspeed", f"config/ds_{name}.json", "--epochs", "1"]
@@ -209,17 +215,14 @@ def test_every_bf16_configuration_trains_on_two_nodes(world, name):
 
 
 @pytest.mark.slow
-def test_a_zero3_run_resumes_with_the_same_losses(world):
-    flags = ["--bf16", "--packing", "--deepspeed", "config/ds_z3_bf16_save16bit.json"]
-    run(command(world, *flags, processes=2, out="zero"))
-    assert (world / "zero" / "checkpoint-4" / "model.safetensors").is_file()
-    cut = world / "zero-cut"
+def test_a_zero3_run_resumes_with_the_same_losses(world, zero3):
+    whole, cut = world / "out", world / "zero-cut"
     cut.mkdir()
-    shutil.copy(world / "zero" / "run.json", cut)
-    shutil.copytree(world / "zero" / "checkpoint-4", cut / "checkpoint-4")
-    run(command(world, *flags, "--resume_from_checkpoint", "auto", processes=2, out="zero-cut"))
-    assert losses(cut / "checkpoint-8") == losses(world / "zero" / "checkpoint-8")
-    one, other = (load_file(folder / "model.safetensors") for folder in (world / "zero", cut))
+    shutil.copy(whole / "run.json", cut)
+    shutil.copytree(whole / "checkpoint-4", cut / "checkpoint-4")
+    run(command(world, *ZERO3, "--resume_from_checkpoint", "auto", processes=2, out="zero-cut"))
+    assert losses(cut / "checkpoint-8") == losses(whole / "checkpoint-8")
+    one, other = (load_file(folder / "model.safetensors") for folder in (whole, cut))
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
@@ -265,17 +268,19 @@ def test_lora_from_finetune_to_a_model_that_scores_as_the_adapter_says(world, pr
     last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     assert loss_of(model, tokenizer, world) == pytest.approx(min(evaluations(last).values()), abs=0.02)
 
-    # a later run begins with the adapter, be it in the older format
-    old = world / f"{out}-old"
+    if processes == 1:
+        check_a_later_run_begins_with_the_adapter(world, folder, flags)
+
+
+def check_a_later_run_begins_with_the_adapter(world: Path, folder: Path, flags: list[str]) -> None:
+    """The adapter may be in the older format."""
+    old = world / "lora-old"
     old.mkdir()
     torch.save(load_file(folder / "adapter_model.safetensors"), old / "adapter_model.bin")
     (old / "adapter_config.json").write_text((folder / "adapter_config.json").read_text())
     more = ["--resume_from_checkpoint", str(old), "--learning_rate", "0", "--epochs", "1"]
-    if processes == 1:
-        inside(command(world, *flags, *more, out=f"{out}-more"))
-    else:
-        run(command(world, *flags, *more, processes=processes, out=f"{out}-more"))
-    one, other = (load_file(path / "adapter_model.safetensors") for path in (folder, world / f"{out}-more"))
+    inside(command(world, *flags, *more, out="lora-more"))
+    one, other = (load_file(path / "adapter_model.safetensors") for path in (folder, world / "lora-more"))
     for key in one:
         torch.testing.assert_close(one[key].float(), other[key].float(), atol=1e-2, rtol=1e-2)
 
