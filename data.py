@@ -114,10 +114,10 @@ def load_data(data_path: str, dataset: str, index_file: str = ".index.json", nee
     }
     if need_users:
         files["user"] = folder / f"{dataset}.user.json"
-    titles, descriptions = _read_items(files["item"])
+    titles, descriptions = read_items(files["item"])
     indices = _read_indices(files["index"], len(titles))
-    inters = _read_inters(files["inter"], len(titles))
-    users = _read_users(files["user"], inters, len(titles)) if need_users else None
+    inters = read_inters(files["inter"], len(titles))
+    users = read_users(files["user"], inters, len(titles)) if need_users else None
     data = RecData(dataset, folder, inters, titles, descriptions, indices, users, files)
     if data.shared_items:
         say(
@@ -133,7 +133,8 @@ def _object(path: Path, content: Any, key: str = "") -> dict:
     return content
 
 
-def _read_items(path: Path) -> tuple[list[str], list[str]]:
+def read_items(path: Path) -> tuple[list[str], list[str]]:
+    """Titles and descriptions by item id, stripped. Raises UserError with file and key."""
     content = _object(path, read_json(path))
     titles, descriptions = [], []
     for number in range(len(content)):
@@ -179,7 +180,8 @@ def _check_item_ids(where: str, items: Any, n_items: int) -> list[int]:
     return items
 
 
-def _read_inters(path: Path, n_items: int) -> dict[str, list[int]]:
+def read_inters(path: Path, n_items: int) -> dict[str, list[int]]:
+    """Every user's items, oldest first. Raises UserError with file and key."""
     content = _object(path, read_json(path))
     for user, items in content.items():
         _check_item_ids(f"{path}: user {user!r}", items, n_items)
@@ -188,7 +190,8 @@ def _read_inters(path: Path, n_items: int) -> dict[str, list[int]]:
     return content
 
 
-def _read_users(path: Path, inters: dict[str, list[int]], n_items: int) -> UserTexts:
+def read_users(path: Path, inters: dict[str, list[int]], n_items: int) -> UserTexts:
+    """Preferences and intentions. Raises UserError with file and key."""
     content = _object(path, read_json(path))
     preferences = _object(path, content.get("user_explicit_preference"), "user_explicit_preference")
     for user, texts in preferences.items():
@@ -202,9 +205,10 @@ def _read_users(path: Path, inters: dict[str, list[int]], n_items: int) -> UserT
         ):
             raise UserError(f"{where} must be a list of texts")
     splits = _object(path, content.get("user_vague_intention"), "user_vague_intention")
-    intentions = {
-        split: _read_intentions(path, split, _object(path, splits.get(split), split), preferences, n_items)
+    intentions = {  # a split may be empty, as the test part of some published files is; a task that needs it says so
+        split: _read_intentions(path, split, _object(path, splits[split], split), preferences, n_items)
         for split in ("train", "test")
+        if splits.get(split)
     }
     return UserTexts(preferences, intentions)
 
@@ -290,6 +294,19 @@ def _user_rows(data: RecData) -> np.ndarray:
     return np.arange(len(_users(data).user_ids), dtype=np.int32)[:, None]
 
 
+def _search_rows(split: str) -> Callable[[RecData], np.ndarray]:
+    """Every user with preferences. Raises UserError if the file has no intentions of `split`."""
+
+    def rows(data: RecData) -> np.ndarray:
+        if split not in _users(data).intentions:
+            raise UserError(
+                f"{data.files.get('user')}: user_vague_intention has nothing in {split!r}, which itemsearch needs"
+            )
+        return _user_rows(data)
+
+    return rows
+
+
 def _preference_rows(data: RecData) -> np.ndarray:
     """The users who have a history before the last three items."""
     users = _users(data).user_ids
@@ -371,7 +388,7 @@ TASKS: dict[str, Task] = {
     "index2item": Task({"train": _item_rows}, {"train": _item_sample}),
     "fusionseqrec": Task(_SEQUENCE_ROWS, _SEQUENCES),
     "itemsearch": Task(
-        {"train": _user_rows, "test": _user_rows},
+        {"train": _search_rows("train"), "test": _search_rows("test")},
         {"train": _search_sample("train"), "test": _search_sample("test")},
         needs_users=True,
     ),

@@ -20,8 +20,8 @@ import json
 import logging
 import os
 import shutil
+import socket
 import sys
-import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,19 @@ from arguments import add_data, add_global, add_train, comma_list, make_parser, 
 from collator import TrainCollator
 from data import TASKS, HistoryFormat, RecData, TrainSet, ValidSet, load_data
 from prompt import load_prompts
-from utils import UserError, is_main, read_json, run_main, say, set_seed, sha256, versions, world_size, write_json
+from utils import (
+    UserError,
+    is_main,
+    local_rank,
+    read_json,
+    run_main,
+    say,
+    set_seed,
+    sha256,
+    versions,
+    world_size,
+    write_json,
+)
 
 # flags that may differ when a run goes on; all others are its identity
 FREE_ON_RESUME = {
@@ -79,6 +91,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--fp16 and --bf16 exclude each other")
     if args.fp16 and not torch.cuda.is_available():
         raise UserError("--fp16 needs a GPU; use --bf16 or neither on the CPU")
+    for flag in ("per_device_batch_size", "gradient_accumulation_steps", "epochs", "logging_step"):
+        if getattr(args, flag) <= 0:
+            raise UserError(f"--{flag} {getattr(args, flag)}: must be above 0")
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    for flag, choices in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
+        known = [choice.value for choice in choices]
+        if getattr(args, flag) not in known:
+            raise UserError(f"--{flag} {getattr(args, flag)}: unknown; known: {', '.join(known)}")
     if args.deepspeed.lower() == "none":
         args.deepspeed = None
     elif not Path(args.deepspeed).is_file():
@@ -99,9 +121,12 @@ def start_processes(args: argparse.Namespace) -> None:
         say("note: no CUDA device; running on the CPU")
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if args.deepspeed:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-        for name, value in alone.items():
-            os.environ.setdefault(name, value)
+        if "RANK" not in os.environ:
+            with socket.socket() as server:  # any free port: several runs may share a machine
+                server.bind(("127.0.0.1", 0))
+                port = str(server.getsockname()[1])
+            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ.update(alone)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it builds
             import deepspeed
 
@@ -114,7 +139,11 @@ def start_processes(args: argparse.Namespace) -> None:
     elif world_size() > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo" if cpu else "nccl")
     if not cpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if local_rank() >= torch.cuda.device_count():
+            raise UserError(
+                f"{local_rank() + 1} processes on this machine, but {torch.cuda.device_count()} GPUs: one GPU each"
+            )
+        torch.cuda.set_device(local_rank())
 
 
 def load_datasets(args: argparse.Namespace) -> tuple[RecData, TrainSet, ValidSet]:
@@ -149,9 +178,30 @@ def check_output(args: argparse.Namespace, folder: Path) -> None:
             f"{folder} holds a run already ({there[0]}); go on with --resume_from_checkpoint auto, "
             "replace it with --overwrite_output_dir, or choose another --output_dir"
         )
-    if is_main():
-        for path in folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def remove_run(folder: Path) -> None:
+    """Remove what a run of this script and the conversion of its checkpoints write, and nothing else."""
+    names = (
+        "checkpoint-*",
+        "final-checkpoint-*",
+        "runs",
+        "run.json",
+        "train.log",
+        "*.safetensors",
+        "*.safetensors.index.json",
+    )
+    names += ("config.json", "generation_config.json", "adapter_config.json", "README.md", "training_args.bin")
+    names += (
+        "tokenizer*",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+        "chat_template.jinja",
+    )
+    for path in {path for name in names for path in folder.glob(name)}:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def deepspeed_config(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -163,6 +213,8 @@ def deepspeed_config(args: argparse.Namespace) -> dict[str, Any] | None:
     if not args.deepspeed:
         return None
     config = read_json(args.deepspeed)
+    if not isinstance(config, dict):
+        raise UserError(f"{args.deepspeed}: must be an object")
     from transformers import AutoConfig
 
     prepared = AutoConfig.from_pretrained(Path(args.output_dir) / PREPARED).get_text_config()
@@ -181,7 +233,7 @@ def training_arguments(args: argparse.Namespace) -> Any:
     from transformers import TrainingArguments
 
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(args.output_dir) / "runs"))
-    return TrainingArguments(
+    training = TrainingArguments(
         output_dir=args.output_dir,
         seed=args.seed,
         num_train_epochs=args.epochs,
@@ -216,6 +268,9 @@ def training_arguments(args: argparse.Namespace) -> Any:
         report_to=comma_list(args.report_to),
         disable_tqdm=not (is_main() and sys.stderr.isatty()),
     )
+    if training.n_gpu > 1:  # one process on a machine with several GPUs uses one of them, not nn.DataParallel
+        training._n_gpu = 1
+    return training
 
 
 def load_trainable(
@@ -410,11 +465,13 @@ def prepare(args: argparse.Namespace) -> Run:
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
         clear_partial(folder)
-        if checkpoint is None or not (folder / "run.json").is_file():
-            write_json(folder / "run.json", facts)
         prepare_base(
             args.base_model, folder / PREPARED, data.item_tokens, args.seed, args.model_max_length, args.packing
         )
+        if args.overwrite_output_dir and not args.resume_from_checkpoint:
+            remove_run(folder)
+        if checkpoint is None or not (folder / "run.json").is_file():
+            write_json(folder / "run.json", facts)
     barrier()
     training = training_arguments(args)
     model, tokenizer = load_trainable(args, folder / PREPARED, training, data.item_tokens, adapter)
@@ -465,14 +522,9 @@ def clear_partial(folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    try:
-        run = prepare(args)
-        run.trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
-        save_final(run.trainer, run.tokenizer, run.folder, args.lora)
-    except UserError:
-        if not is_main():  # let the main process say it; torchrun then ends the others
-            time.sleep(3)
-        raise
+    run = prepare(args)
+    run.trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+    save_final(run.trainer, run.tokenizer, run.folder, args.lora)
     if is_main():
         shutil.rmtree(run.folder / PREPARED)
 

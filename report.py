@@ -20,7 +20,7 @@ import numpy as np
 
 from arguments import add_data, make_parser
 from data import RecData, load_data
-from evaluate import ranks_of, read_predictions
+from evaluate import check_metrics, ranks_of, read_predictions
 from metrics.ranking import METRICS, parse
 from utils import UserError, atomic_path, read_json, run_main, say
 
@@ -94,6 +94,8 @@ def without_seen(records: Iterable[dict[str, Any]], data: RecData) -> Iterator[d
         for user, items in data.inters.items()
     }
     for record in records:
+        if record.get("user") not in seen:
+            raise UserError(f"the predictions name the user {record.get('user')!r}, who is not in {data.name}")
         yield {**record, "items": [item for item in record["items"] if item not in seen[record["user"]]]}
 
 
@@ -136,10 +138,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--metrics", default=METRIC_NAMES, help="hit@k and ndcg@k, by commas")
     args = parser.parse_args(argv)
+    check_metrics(args.metrics)
     data = load_data(args.data_path, args.dataset, args.index_file)
     rows = references(data, args.metrics)
     for path in args.results_file:
-        task = read_json(path).get("config", {}).get("task", "seqrec")
+        results = read_json(path)
+        if not isinstance(results, dict):
+            raise UserError(f"{path}: is not a results file of test.py")
+        task = results.get("config", {}).get("task", "seqrec")
         if task != "seqrec":
             raise UserError(f"{path}: is of the task {task}; the references are for seqrec")
         predictions = path.with_name(f"{path.stem}.predictions.jsonl")

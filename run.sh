@@ -8,44 +8,65 @@
 #   FORCE=1 bash run.sh finetune                       do it again although its output is there
 #
 # A stage whose output is there is skipped. Settings (environment variables, with their defaults):
-#   DATASET ml-100k | DATA_PATH ./data | BASE_MODEL (a tiny LLaMA, made on the spot) | NPROC (GPUs, or 2) | SEED 42
+#   DATASET ml-100k | DATA_PATH ./data | BASE_MODEL (a tiny LLaMA, made on the spot) | NPROC (the GPUs; 2 for a tiny model) | SEED 42
 #   OUTPUT_DIR ./ckpt/$DATASET | RESULTS_DIR ./results/$DATASET | MODELS_DIR ./models | DEEPSPEED ./config/ds_z3_bf16.json
-#   PORT 23324 | INDEX_FLAGS, FINETUNE_FLAGS, TEST_FLAGS: appended to the stage's command, so they win
+#   PORT 23324 | DATA_FLAGS, INDEX_FLAGS, FINETUNE_FLAGS, TEST_FLAGS: appended to the stage's command, so they win
 #   VENV .venv | PYTHON python3 | FORCE 0
 set -euo pipefail
+caller="$PWD"
 cd "$(dirname "$0")"
-if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"; exit 0; fi
+if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then sed -n '2,/^set /p' run.sh | sed '$d;s/^# \{0,1\}//'; exit 0; fi
 source scripts/env.sh
 source scripts/recipes.sh
+STAGES="data embed index base finetune test table"
+# shellcheck disable=SC2086
+if [ $# -eq 0 ]; then set -- $STAGES; fi
+for stage in "$@"; do
+  case " $STAGES " in *" $stage "*) ;; *) echo "error: no stage $stage; stages: $STAGES" >&2; exit 2 ;; esac
+done
 
+# the caller's relative paths stay the caller's
+if [ "$caller" != "$PWD" ]; then
+  for name in DATA_PATH OUTPUT_DIR RESULTS_DIR MODELS_DIR DEEPSPEED; do
+    value="${!name:-}"
+    case "$value" in "" | /* | none) ;; *) printf -v "$name" '%s' "$caller/$value" ;; esac
+  done
+fi
 DATASET="${DATASET:-ml-100k}"
 DATA_PATH="${DATA_PATH:-./data}"
 SEED="${SEED:-42}"
 suffix=""; [ "$SEED" = 42 ] || suffix="-seed$SEED"
 OUTPUT_DIR="${OUTPUT_DIR:-./ckpt/$DATASET$suffix}"
+OUTPUT_DIR="${OUTPUT_DIR%/}"
 RESULTS_DIR="${RESULTS_DIR:-./results/$DATASET$suffix}"
+RESULTS_DIR="${RESULTS_DIR%/}"
 DEEPSPEED="${DEEPSPEED:-./config/ds_z3_bf16.json}"
 PORT="${PORT:-23324}"
 stem="$DATA_PATH/$DATASET/$DATASET"
 
 setup_env requirements.txt
 GPUS="$(count_gpus)"
-if [ "$GPUS" = 0 ]; then NPROC="${NPROC:-2}"; export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"; else NPROC="${NPROC:-$GPUS}"; fi
+if [ "$GPUS" = 0 ]; then export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"; fi
 TINY="${MODELS_DIR:-./models}/tiny-$DATASET$suffix"
 BASE="${BASE_MODEL:-$TINY}"
-recipe "$DATASET" "${BASE_MODEL:-}"
+recipe "$DATASET" "${BASE_MODEL:-}" "$GPUS"
 
-# begin STAGE OUTPUT: true if the stage is to be run
+# begin STAGE OUTPUT [INPUT]: true if the stage is to be run
 begin() {
-  if [ -e "$2" ] && [ "${FORCE:-0}" != 1 ]; then echo "== $1: $2 is there, skipped (FORCE=1 redoes it)"; return 1; fi
+  if [ -e "$2" ] && [ "${FORCE:-0}" != 1 ]; then
+    echo "== $1: $2 is there, skipped (FORCE=1 redoes it)"
+    if [ -n "${3:-}" ] && [ "$3" -nt "$2" ]; then echo "   note: $3 is newer than $2: FORCE=1 bash run.sh $1"; fi
+    return 1
+  fi
   echo "== $1"
 }
 
 stage_data() {
   if [ "$DATASET" = ml-100k ]; then
     if begin data "$stem.inter.json"; then
+      # shellcheck disable=SC2086
       python data_process/from_recbole.py --source "$(python data_process/fetch.py ml-100k)" --data_path "$DATA_PATH" \
-        --dataset ml-100k --k_core 1 --item_kind movie --overwrite
+        --dataset ml-100k --k_core 1 --item_kind movie --overwrite ${DATA_FLAGS:-}
     fi
   elif [ ! -e "$stem.inter.json" ] || [ ! -e "$stem.item.json" ]; then
     echo "error: $stem.inter.json and $stem.item.json must be there (README, 'Files'): download the dataset," \
@@ -68,7 +89,7 @@ stage_embed() {
 }
 
 stage_index() {
-  if [ -e "$stem.index.json" ] && [ ! -e "$stem.index.report.json" ]; then
+  if [ -e "$stem.index.json" ] && [ ! -e "$stem.index.report.json" ] && [ ! -d "$OUTPUT_DIR-index" ]; then
     echo "== index: $stem.index.json came with the dataset, kept"
   elif begin index "$stem.index.json"; then
     echo "   ($INDEX_RECIPE)"
@@ -80,7 +101,7 @@ stage_index() {
 
 stage_base() {
   if [ -n "${BASE_MODEL:-}" ]; then echo "== base: $BASE_MODEL"; return; fi
-  if begin base "$TINY/config.json"; then
+  if begin base "$TINY/model.safetensors"; then
     rm -rf "$TINY"
     # shellcheck disable=SC2086
     python data_process/base_model.py tiny --data_path "$DATA_PATH" --dataset "$DATASET" --target "$TINY" --seed "$SEED" $BASE_RECIPE
@@ -88,23 +109,29 @@ stage_base() {
 }
 
 stage_finetune() {
-  if begin finetune "$OUTPUT_DIR/config.json"; then
-    resume=(); overwrite=()
-    if [ "${FORCE:-0}" = 1 ]; then overwrite=(--overwrite_output_dir)
-    elif compgen -G "$OUTPUT_DIR/checkpoint-*" > /dev/null; then resume=(--resume_from_checkpoint auto); fi
+  local trained="$OUTPUT_DIR/config.json" more=""
+  if [ -e "$OUTPUT_DIR/adapter_config.json" ]; then trained="$OUTPUT_DIR/adapter_config.json"; fi
+  if begin finetune "$trained" "$stem.index.json"; then
+    if [ "${FORCE:-0}" = 1 ]; then more=--overwrite_output_dir
+    elif compgen -G "$OUTPUT_DIR/checkpoint-*" > /dev/null; then more="--resume_from_checkpoint auto"; fi
     # shellcheck disable=SC2086
     torchrun --nproc_per_node="$NPROC" --master_port="$PORT" finetune.py --base_model "$BASE" --output_dir "$OUTPUT_DIR" \
       --dataset "$DATASET" --data_path "$DATA_PATH" --seed "$SEED" --deepspeed "$DEEPSPEED" --bf16 --index_file .index.json \
-      $FINETUNE_RECIPE "${resume[@]}" "${overwrite[@]}" ${FINETUNE_FLAGS:-}
+      $FINETUNE_RECIPE $more ${FINETUNE_FLAGS:-}
   fi
 }
 
 stage_test() {
-  if begin test "$RESULTS_DIR/result.json"; then
-    restart=(); if [ "${FORCE:-0}" = 1 ]; then restart=(--restart); fi
+  local trained="$OUTPUT_DIR/config.json" more=() restart=""
+  if [ -e "$OUTPUT_DIR/adapter_config.json" ]; then
+    trained="$OUTPUT_DIR/adapter_config.json"
+    more=(--lora --base_model "$BASE")
+  fi
+  if begin test "$RESULTS_DIR/result.json" "$trained"; then
+    if [ "${FORCE:-0}" = 1 ]; then restart=--restart; fi
     # shellcheck disable=SC2086
     DATASET="$DATASET" DATA_PATH="$DATA_PATH" CKPT_PATH="$OUTPUT_DIR" RESULTS_FILE="$RESULTS_DIR/result.json" PORT="$PORT" \
-      NPROC="$TEST_NPROC" bash test.sh --seed "$SEED" $TEST_RECIPE "${restart[@]}" ${TEST_FLAGS:-}
+      NPROC="$TEST_NPROC" bash test.sh --seed "$SEED" $TEST_RECIPE $restart ${more[@]+"${more[@]}"} ${TEST_FLAGS:-}
   fi
 }
 
@@ -120,10 +147,4 @@ results   $RESULTS_DIR/result.json, result.predictions.jsonl, result.table.md
 EOF
 }
 
-if [ $# -eq 0 ]; then set -- data embed index base finetune test table; fi
-for stage in "$@"; do
-  case "$stage" in
-    data | embed | index | base | finetune | test | table) "stage_$stage" ;;
-    *) echo "error: no stage $stage; stages: data embed index base finetune test table" >&2; exit 2 ;;
-  esac
-done
+for stage in "$@"; do "stage_$stage"; done

@@ -124,6 +124,10 @@ def check_flags(args: argparse.Namespace, single: bool) -> str:
     check_metrics(args.metrics)
     if args.num_beams < 1:
         raise UserError(f"--num_beams {args.num_beams}: at least 1")
+    if above := too_long(args.metrics, args.num_beams):
+        raise UserError(
+            f"--metrics {above[0]}: its k is above --num_beams {args.num_beams}; rank more items or lower k"
+        )
     if not args.ckpt_path:
         raise UserError("--ckpt_path is missing: the folder of the checkpoint to test")
     if single and world_size() > 1:

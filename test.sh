@@ -8,7 +8,7 @@
 #   RESULTS_FILE ./results/$DATASET/result.json; all arguments go to the Python script (python test.py --help).
 set -euo pipefail
 cd "$(dirname "$0")"
-if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"; exit 0; fi
+if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then sed -n '2,/^set /p' test.sh | sed '$d;s/^# \{0,1\}//'; exit 0; fi
 source scripts/env.sh
 setup_env requirements.txt
 DATASET="${DATASET:-ml-100k}"

@@ -11,6 +11,7 @@ import platform
 import random
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ def run_main(main: Callable[[], Any]) -> None:
     try:
         main()
     except UserError as error:
+        if not is_main():  # let the main process say it; torchrun then ends the others
+            time.sleep(3)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:

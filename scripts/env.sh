@@ -4,11 +4,12 @@
 # Nothing is installed again as long as the requirement files are unchanged. VENV names another folder.
 setup_env() {
   local folder="${VENV:-${VIRTUAL_ENV:-.venv}}" python="${PYTHON:-python3}" stamp wanted
-  if [ ! -x "$folder/bin/python" ]; then
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-      { echo "error: Python 3.11 or newer is needed; name one with PYTHON=/path/to/python3.11" >&2; exit 2; }
+  if [ -e "$folder/bin/activate" ]; then python="$folder/bin/python"; fi
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    { echo "error: Python 3.11 or newer is needed; name one with PYTHON=/path/to/python3.11" >&2; exit 2; }
+  if [ ! -e "$folder/bin/activate" ]; then
     echo "setting up $folder (a few minutes, once)"
-    "$python" -m venv "$folder"
+    "$python" -m venv --clear "$folder" || { echo "error: cannot make $folder (Debian: apt install python3-venv)" >&2; exit 2; }
   fi
   # shellcheck disable=SC1091
   source "$folder/bin/activate"

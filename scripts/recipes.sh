@@ -1,26 +1,33 @@
 # Sourced by run.sh: the settings of each dataset.
 
-# recipe DATASET BASE_MODEL: sets INDEX_RECIPE, BASE_RECIPE, FINETUNE_RECIPE, TEST_RECIPE and TEST_NPROC.
-# The paper's for Games, Arts, Instruments and whenever a base model is named; else that of a tiny model on the CPU.
+# recipe DATASET BASE_MODEL GPUS: sets NPROC, TEST_NPROC and INDEX_, BASE_, FINETUNE_ and TEST_RECIPE.
+# Fine-tuning: the paper's for Games, Arts, Instruments and whenever a base model is named; else that of a tiny model. Indices:
+# the paper's for its three datasets, of the same size but by the fast preset for others.
 recipe() {
-  local fusion=100000
+  local fusion=100000 processes=$(($3 > 0 ? $3 : 2))
   case "$1" in Arts) fusion=30000 ;; Instruments) fusion=20000 ;; esac
-  INDEX_RECIPE="--num_emb_list 256 256 256 256 --sk_epsilons 0 0 0 0.003 --batch_size 1024 --epochs 10000
-    --weight_decay 1e-4 --lr_scheduler_type linear"
+  INDEX_RECIPE="--preset fast"
   BASE_RECIPE=""
   FINETUNE_RECIPE="--per_device_batch_size 8 --gradient_accumulation_steps 2 --learning_rate 5e-5 --epochs 4
     --weight_decay 0.01 --save_and_eval_strategy epoch --only_train_response
     --tasks seqrec,item2index,index2item,fusionseqrec,itemsearch,preferenceobtain
     --train_prompt_sample_num 1,1,1,1,1,1 --train_data_sample_num 0,0,0,$fusion,0,0"
   TEST_RECIPE="--num_beams 20 --test_batch_size auto --test_prompt_ids all"
+  NPROC="${NPROC:-$processes}"
   TEST_NPROC="$NPROC"
-  case "$1" in Games | Arts | Instruments) return ;; esac
+  case "$1" in Games | Arts | Instruments)
+    INDEX_RECIPE="--num_emb_list 256 256 256 256 --sk_epsilons 0 0 0 0.003 --batch_size 1024 --epochs 10000
+      --weight_decay 1e-4 --lr_scheduler_type linear"
+    return ;;
+  esac
   if [ -n "$2" ]; then return; fi
+  # 16 samples a step, on one process or two
+  if [ "$processes" -gt 2 ] && [ "$NPROC" = "$processes" ]; then NPROC=2; fi
   # A model that starts from nothing learns from every token, not from the responses alone.
   # Without a separator (--his_sep=) a history takes 3 tokens an item instead of 5.
   INDEX_RECIPE="--preset fast --num_emb_list 64 64 64 --sk_epsilons 0 0 0.003 --layers 512 256 128"
   BASE_RECIPE="--hidden_size 128 --layers 4 --heads 4 --vocab_size 2000"
-  FINETUNE_RECIPE="--per_device_batch_size 8 --gradient_accumulation_steps 1 --learning_rate 4e-3 --epochs 1
+  FINETUNE_RECIPE="--per_device_batch_size 8 --gradient_accumulation_steps $((NPROC == 1 ? 2 : 1)) --learning_rate 4e-3 --epochs 1
     --weight_decay 0.01 --warmup_ratio 0.05 --logging_step 100 --no-gradient_checkpointing --packing
     --tasks seqrec,item2index,index2item,fusionseqrec,itemsearch,preferenceobtain
     --train_prompt_sample_num 1,1,1,1,1,1 --train_data_sample_num 20000,0,0,1000,0,0 --his_sep= --eval_ranking 300"

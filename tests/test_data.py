@@ -220,7 +220,6 @@ def without(content, *path):
         ({"index": {**INDEX, "4": []}}, r"item '4' must have a list of tokens"),
         ({"index": {**INDEX, "6": ["<a_1>"]}}, r"has item '6', but the item file has 6 items"),
         ({"user": None}, r"Toy\.user\.json: no such file"),
-        ({"user": without(USERS, "user_vague_intention", "test")}, r"'test' must be an object"),
         ({"user": without(USERS, "user_vague_intention", "test", "1")}, r"'test' '1' is missing"),
         (
             {"user": without(USERS, "user_vague_intention", "train", "1", "querys")},
@@ -232,6 +231,15 @@ def test_broken_files_are_named_with_key_and_reason(tmp_path, changes, message):
     with pytest.raises(UserError, match=message) as caught:
         load_data(str(write_dataset(tmp_path, **changes)), "Toy", need_users=True)
     assert "\n" not in str(caught.value)
+
+
+def test_an_empty_test_part_stops_only_what_needs_it(tmp_path):
+    users = copy.deepcopy(USERS)
+    users["user_vague_intention"]["test"] = {}
+    data = load_data(str(write_dataset(tmp_path, user=users)), "Toy", need_users=True)
+    assert len(TrainSet(data, load_prompts(), [("itemsearch", 1, 0)], HistoryFormat())) == 4
+    with pytest.raises(UserError, match=r"Toy\.user\.json: user_vague_intention has nothing in 'test'"):
+        TestSet(data, "itemsearch", HistoryFormat())
 
 
 def test_prefix_rows_equal_a_plain_loop():

@@ -57,6 +57,11 @@ def test_order_first_interaction_and_core(atomic, capsys):
     assert "2 users, 3 items, 6 interactions" in capsys.readouterr().out
 
 
+def test_equal_times_can_keep_the_order_of_the_lines(atomic):
+    files, _ = run(atomic, "--k_core", "2", "--equal_times", "line")
+    assert files["inter"]["1"] == [2, 1, 0]
+
+
 def test_ratings_and_short_users(atomic):
     files, _ = run(atomic, "--k_core", "1", "--min_rating", "3")
     assert files["inter"] == {"0": [0, 1, 2]}  # u2 has two left, u3 one
