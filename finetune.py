@@ -94,6 +94,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for flag in ("per_device_batch_size", "gradient_accumulation_steps", "epochs", "logging_step"):
         if getattr(args, flag) <= 0:
             raise UserError(f"--{flag} {getattr(args, flag)}: must be above 0")
+    quiet()
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
 

@@ -25,6 +25,7 @@ def test_popularity_ranks_equal_a_sorted_list_per_user(toy):
 def test_random_expectation_is_the_mean_over_all_ranks():
     found = report.random_expectation(20, "hit@5,ndcg@5")
     assert found["hit@5"] == pytest.approx(5 / 20)
+    assert report.random_expectation(3, "hit@5")["hit@5"] == 1
     assert found["ndcg@5"] == pytest.approx(sum(1 / math.log2(rank + 2) for rank in range(5)) / 20)
 
 
