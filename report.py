@@ -75,7 +75,10 @@ def popularity_ranks(data: RecData, leave_out_seen: bool) -> np.ndarray:
 
 def random_expectation(n_items: int, names: str) -> dict[str, float]:
     """The expected metrics of a random order of all items: every rank is as likely."""
-    return {name: math.fsum(METRICS[kind](rank, k) for rank in range(min(k, n_items))) / n_items for name, kind, k in parse(names)}
+    return {
+        name: math.fsum(METRICS[kind](rank, k) for rank in range(min(k, n_items))) / n_items
+        for name, kind, k in parse(names)
+    }
 
 
 def references(data: RecData, names: str) -> dict[str, dict[str, np.ndarray | float]]:
