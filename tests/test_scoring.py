@@ -24,7 +24,7 @@ def world(tmp_path_factory) -> Path:
 
 
 def score(world: Path, results: Path, *more: str) -> dict:
-    flags = ["--ckpt_path", str(world / "ckpt"), "--data_path", str(world), "--dataset", "toy", "--num_beams", "10"]
+    flags = ["--ckpt_path", str(world / "ckpt"), "--data_path", str(world), "--dataset", "toy", "--num_beams", "8"]
     flags += ["--metrics", "hit@1,hit@8,ndcg@8", "--results_file", str(results), "--test_batch_size", "4", *more]
     test_script.main(flags)
     return json.loads(results.read_text())
@@ -85,7 +85,7 @@ def test_batch_size_changes_nothing(world, tmp_path):
 
 def test_one_process_of_test_ddp_finds_the_same(world, tmp_path):
     wanted = score(world, tmp_path / "a.json")
-    flags = ["--ckpt_path", str(world / "ckpt"), "--data_path", str(world), "--dataset", "toy", "--num_beams", "10"]
+    flags = ["--ckpt_path", str(world / "ckpt"), "--data_path", str(world), "--dataset", "toy", "--num_beams", "8"]
     flags += ["--metrics", "hit@1,hit@8,ndcg@8", "--test_batch_size", "4", "--results_file", str(tmp_path / "b.json")]
     test_ddp_script.main(flags)
     assert json.loads((tmp_path / "b.json").read_text())["mean_results"] == wanted["mean_results"]
@@ -167,7 +167,7 @@ def test_a_complete_run_is_only_summed_up_again(world, whole, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--num_beams", "11"], "num_beams"),
+        (["--num_beams", "9"], "num_beams"),
         (["--max_his_len", "3"], "max_his_len"),
         (["--sample_num", "5"], "sample_num"),
         (["--test_prompt_ids", "0"], "prompt_ids"),
