@@ -274,6 +274,9 @@ def load_for_test(
     """
     device = torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    like_hub_id = ckpt_path.count("/") == 1 and ckpt_path[0] not in "./~"
+    if not Path(ckpt_path).is_dir() and not like_hub_id:
+        raise UserError(f"{ckpt_path}: no such folder (--ckpt_path)")
     if Path(ckpt_path).is_dir() and not any(Path(ckpt_path).glob("*config.json")):
         raise UserError(f"{ckpt_path}: holds no model (no config.json)")
     if (
