@@ -105,7 +105,7 @@ def test_epsilon_at_which_the_naive_form_breaks(epsilon: float) -> None:
 def test_kernel_products_equal_the_words_of_the_algorithm() -> None:
     """At the paper's epsilon the naive form is exact, and the fast one must be used and agree with it."""
     distances = centred(300, 64)
-    assert sinkhorn.scaled_potentials(distances / -0.003, 50) is not None
+    assert sinkhorn.scaled_potentials(distances / -0.003, 50)[2]
     plan = naive_plan(distances, 0.003, 50)
     torch.testing.assert_close(sinkhorn.log_plan(distances, 0.003, 50).exp(), plan, rtol=1e-8, atol=1e-300)
     assert torch.equal(sinkhorn.sinkhorn_codes(distances, 0.003, 50), plan.argmax(1))
@@ -128,6 +128,27 @@ def test_batches_are_independent() -> None:
     distances = torch.rand(5, 7, 16, dtype=torch.float64)
     together = sinkhorn.sinkhorn_codes(distances, 0.003, 50)
     assert torch.equal(together, torch.stack([sinkhorn.sinkhorn_codes(part, 0.003, 50) for part in distances]))
+
+
+def test_one_batch_that_underflows_does_not_slow_down_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many groups only those that need logarithms take them, and all equal the reference."""
+    generator = torch.Generator().manual_seed(3)
+    groups = torch.rand(2, 9, 4, 16, generator=generator, dtype=torch.float64)
+    groups[:, ::2] = groups[:, ::2, :1] + 1e-3 * groups[:, ::2]  # nearly equal rows, as of colliding items
+    groups = sinkhorn.center_distances(groups)
+    slow = []
+    original = sinkhorn.log_potentials
+    monkeypatch.setattr(
+        sinkhorn, "log_potentials", lambda kernel, rounds: slow.append(len(kernel)) or original(kernel, rounds)
+    )
+    for epsilon, expected in ((0.5, 0), (0.003, 0), (0.0015, 8), (1e-7, 18)):
+        slow.clear()
+        found = sinkhorn.log_plan(groups, epsilon, 50)
+        assert torch.isfinite(found).all()
+        for plan, distances in zip(found.flatten(0, 1), groups.flatten(0, 1), strict=True):
+            wanted = reference_log_plan(distances.numpy(), epsilon, 50)
+            np.testing.assert_allclose(plan.numpy(), wanted, rtol=1e-9, atol=1e-7 + 2e-15 / epsilon)
+        assert sum(slow) == expected, epsilon
 
 
 def test_centring_maps_to_minus_one_and_one() -> None:
