@@ -185,7 +185,7 @@ def compare(kind: str, ways: Ways, prompts: list[list[int]], options: Any) -> No
     times: dict[str, list[float]] = {name: [] for name in "abcd"}
     lists: dict[str, list[list[int]]] = {}
     for turn in range(options.repeat):
-        for name in "cd" if turn else "abcd":
+        for name in "acd" if turn else "abcd":
             spent, lists[name] = seconds(getattr(ways, name), few if name in "ab" else prompts, options)
             times[name].append(spent)
             print(f"  {kind}, turn {turn + 1}, ({name}): {spent:.3f} s a user", file=sys.stderr, flush=True)
@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--slow_users", type=int, default=4, help="users for a and b, taken evenly from these")
     parser.add_argument("--batch_size", type=int, default=32, help="prompts a batch for c and d")
     parser.add_argument("--num_beams", type=int, default=20, help="beams and items a user")
-    parser.add_argument("--repeat", type=int, default=3, help="turns of c and d; the median counts")
+    parser.add_argument("--repeat", type=int, default=3, help="turns of a, c and d (b: one); the median counts")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of weights and cache")
