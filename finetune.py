@@ -393,6 +393,7 @@ def find_resume(args: argparse.Namespace, folder: Path) -> tuple[Path | None, Pa
     else:
         path = Path(args.resume_from_checkpoint)
         if args.lora and (path / "adapter_config.json").is_file() and not (path / "trainer_state.json").is_file():
+            check_checkpoint(path)
             return None, path
         if not (path / "trainer_state.json").is_file():
             raise UserError(

@@ -201,7 +201,7 @@ def load_adapter(model: Any, path: str | Path) -> None:
 
     try:
         weights = load_peft_weights(str(path), device="cpu")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(f"{path}: no adapter can be loaded ({first_line(error)})") from error
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with _gathered(*trained, writes=True):

@@ -211,6 +211,20 @@ def test_resuming_a_run(checkpoint, witness, place):
         find_resume(args, checkpoint.parent)
 
 
+def test_going_on_from_an_adapter(tmp_path, witness):
+    from finetune import find_resume
+    from modeling import load_adapter
+
+    write_adapter(tmp_path, witness)
+    args = argparse.Namespace(resume_from_checkpoint=str(tmp_path), lora=True)
+    with pytest.raises(UserError, match="adapter_model.bin: would run foreign code when loaded"):
+        find_resume(args, tmp_path / "run")
+    with pytest.raises(UserError, match="carries code, which was not run"):
+        load_adapter(None, tmp_path)
+    torch.save({}, tmp_path / "adapter_model.bin")
+    assert find_resume(args, tmp_path / "run") == (None, tmp_path)
+
+
 @pytest.mark.slow
 def test_convert_sh_goes_on_and_reports(checkpoint, witness):
     (checkpoint / "trainer_state.json").write_text("{}")
