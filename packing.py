@@ -48,10 +48,12 @@ def packed_attention(
     if query.device.type != "cpu":
         return _padded_attention(module, query, key, value, packed_lengths, sliding_window, more), None
     parts = []  # a call for each sample: no padding, no mask, and split() has a cheap backward
-    # torch's attention on the CPU is 2 to 3 times as slow in bfloat16 as in float32, conversions included
+    # torch's attention on the CPU is several times as slow in bfloat16 as in float32, conversions included; autocast would
+    # take it back to bfloat16
     split = [t.float().split(packed_lengths, dim=2) for t in (query, key, value)]
-    for q, k, v in zip(*split, strict=True):
-        parts.append(_causal(module, q, k, v, sliding_window, more))
+    with torch.autocast("cpu", enabled=False):
+        for q, k, v in zip(*split, strict=True):
+            parts.append(_causal(module, q, k, v, sliding_window, more))
     return torch.cat(parts, dim=1).to(query.dtype), None
 
 

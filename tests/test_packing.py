@@ -111,3 +111,18 @@ def test_rows_are_laid_end_to_end_and_first_tokens_have_no_label():
     filled = pack([[5, 6, 7], [8, 9]], [[5, 6, 7], [IGNORE, 9]], multiple=4)
     assert filled["input_ids"].tolist() == [[5, 6, 7, 8, 9, 0, 0, 0]] and filled["packed_lengths"] == [3, 2, 3]
     assert filled["labels"].tolist() == [[IGNORE, 6, 7, IGNORE, 9, IGNORE, IGNORE, IGNORE]]
+
+
+def test_attention_on_the_cpu_stays_in_float32_under_autocast():
+    """torch's own bfloat16 attention is several times as slow; rounding tells which of the two was run."""
+
+    class Layer(torch.nn.Module):
+        num_key_value_groups = 1
+        is_causal = True
+
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 9, 8).unbind()
+    wanted = packed_attention(Layer(), q, k, v, None, [5, 4])[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = packed_attention(Layer(), q, k, v, None, [5, 4])[0]
+    assert torch.equal(got, wanted)
