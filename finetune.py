@@ -23,6 +23,7 @@ import shutil
 import socket
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -443,8 +444,11 @@ class Run:
     checkpoint: Path | None
 
 
-def prepare(args: argparse.Namespace) -> Run:
+def prepare(args: argparse.Namespace, trainer_of: Callable[[Run], Any] | None = None) -> Run:
     """Check the input, grow the base model's vocabulary, load the model on every process.
+
+    Args:
+        trainer_of: makes the trainer of a run; default `make_trainer`. (DeepSpeed allows a process a single one.)
 
     Raises:
         UserError: whatever is wrong with files or flags, before anything expensive begins.
@@ -481,7 +485,7 @@ def prepare(args: argparse.Namespace) -> Run:
     sample = train_set[0]
     say(f"first sample: {json.dumps(sample['prompt'] + sample['response'], ensure_ascii=False)[:600]}")
     run = Run(args, folder, data, train_set, valid_set, training, model, tokenizer, None, checkpoint)
-    run.trainer = make_trainer(run)
+    run.trainer = (trainer_of or make_trainer)(run)
     return run
 
 

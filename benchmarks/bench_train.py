@@ -2,13 +2,14 @@
 
     python benchmarks/bench_train.py                        # Office if ../shared/data/Office is there, else ml-100k
     python benchmarks/bench_train.py --processes 1,2 --seeds 3 --samples 512
+    python benchmarks/bench_train.py --model smollm2 --processes 1 --samples 24
     python benchmarks/bench_train.py --data_path ./data --dataset ml-100k     # a dataset with index and user texts
 
-Both train the same tiny LLaMA (the embedded default's size) on the same samples in the same order, with the same optimiser,
-precision and activation checkpointing, in turn and each in processes of its own; with two processes under DeepSpeed ZeRO-3.
-Printed: samples and useful (not padding) tokens a second, peak memory and what of it training added to the loaded model,
-and the loss on the validation set after equal samples. CPU seconds are printed beside the wall clock, since other
-programs on the machine disturb the latter.
+Both train the same model (a tiny LLaMA of the embedded default's size, or SmolLM2-135M) on the same samples in the same order,
+with the same optimiser, precision and activation checkpointing, in turn and each in processes of its own; with two processes
+under DeepSpeed ZeRO-3. Printed: samples and useful (not padding) tokens a second; the peak of the first process's resident
+memory and what of it training added to that of the loaded model; the loss after equal samples on others of the mixture. CPU
+seconds are printed beside the wall clock, since other programs on the machine disturb the latter.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import socket
 import subprocess
 import sys
@@ -40,7 +40,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data_path", help="folder that holds <dataset>/ (default: made from ../shared/data/Office)")
     parser.add_argument("--dataset", default="Office")
     parser.add_argument("--processes", default="1,2", help="numbers of processes, by commas")
+    parser.add_argument("--model", default="tiny", choices=("tiny", "smollm2"), help="base model")
     parser.add_argument("--samples", type=int, default=512, help="training samples of each run")
+    parser.add_argument("--loss_samples", type=int, default=200, help="samples whose loss is compared at the end")
     parser.add_argument("--batch_size", type=int, default=8, help="samples per process and step")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each kind")
     parser.add_argument("--no_checkpointing", action="store_true", help="keep activations, in both kinds")
@@ -86,19 +88,31 @@ def worker(job: dict) -> None:
     flags += ["--deepspeed", str(ROOT / "config/ds_z3_bf16.json") if job["zero3"] else "none"]
     flags += ["--packing"] if job["kind"] == "b" else []
     flags += ["--no-gradient_checkpointing"] if job["no_checkpointing"] else []
-    run = finetune.prepare(finetune.parse(flags))
-    trainer = plain_trainer(run) if job["kind"] == "a" else run.trainer
+    run = finetune.prepare(finetune.parse(flags), plain_trainer if job["kind"] == "a" else None)
+    trainer = run.trainer
     run.training.load_best_model_at_end = False
     run.training.save_strategy = "no"
     tokens, clock = useful_tokens(run), make_clock()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    before = forget_peak()
     trainer.add_callback(clock)
     trainer.train()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    peak = resident("VmHWM")
     figures = {"seconds": clock.wall, "cpu": clock.cpu, "tokens": tokens, "peak": peak, "added": peak - before}
-    figures["loss"] = validation_loss(run, trainer.model_wrapped)
+    figures["loss"] = final_loss(run, trainer.model_wrapped, job["loss_samples"])
     if is_main():
         print("FIGURES " + json.dumps(figures), flush=True)
+
+
+def resident(line: str) -> float:
+    """`VmRSS` (resident memory now) or `VmHWM` (its peak) of this process in MB, as Linux counts them."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(row.split()[1]) for row in status if row.startswith(line + ":")) / 2**10
+
+
+def forget_peak() -> float:
+    """Let `VmHWM` begin anew, so that it is training's and not loading's; the resident memory now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
 
 
 def plain_trainer(run: finetune.Run) -> object:
@@ -156,22 +170,27 @@ def useful_tokens(run: finetune.Run) -> float:
     return sum(map(len, rows)) / len(rows)
 
 
-def validation_loss(run: finetune.Run, model: object) -> float:
-    """Mean loss over the labelled tokens of the first 200 validation samples, computed the plain way in both kinds."""
+def final_loss(run: finetune.Run, model: object, count: int) -> float:
+    """Mean loss over the labelled tokens of `count` samples of the mixture, computed the plain way in both kinds.
+
+    They are drawn from all samples, of which a run has seen a few at most, and are the same for all runs.
+    """
     import torch
 
     from collator import TrainCollator
 
     collator = TrainCollator(run.tokenizer, run.args.model_max_length, True)
-    total = count = 0.0
+    model.config.use_cache = False
+    numbers = random.Random(1).sample(range(len(run.train_set)), count)
+    total = labelled = 0.0
     model.eval()
-    for start in range(0, min(200, len(run.valid_set)), 20):
-        batch = collator([run.valid_set[i] for i in range(start, start + 20)])
-        labelled = int((batch["labels"] != -100).sum())
+    for start in range(0, count, 8):
+        batch = collator([run.train_set[i] for i in numbers[start : start + 8]])
+        here = int((batch["labels"][:, 1:] != -100).sum())
         with torch.no_grad():
-            total += model(**batch).loss.item() * labelled
-        count += labelled
-    return total / count
+            total += model(**batch).loss.item() * here
+        labelled += here
+    return total / labelled
 
 
 def launch(options: argparse.Namespace, job: dict, processes: int) -> dict:
@@ -186,7 +205,7 @@ def launch(options: argparse.Namespace, job: dict, processes: int) -> dict:
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("FIGURES ")]
     if done.returncode or not lines:
-        raise RuntimeError(f"the worker failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        raise RuntimeError(f"the worker failed:\n{done.stdout[-2000:]}\n{done.stderr[-9000:]}")
     return json.loads(lines[0][8:])
 
 
@@ -201,12 +220,12 @@ def compare(options: argparse.Namespace, base: Path, data_path: Path, folder: Pa
                 job = {"kind": kind, "seed": seed, "steps": steps, "zero3": processes > 1, "base": str(base)}
                 job |= {"out": str(folder / f"out-{kind}-{processes}-{seed}"), "dataset": options.dataset}
                 job |= {"data_path": str(data_path), "batch_size": options.batch_size}
-                job |= {"no_checkpointing": options.no_checkpointing}
+                job |= {"no_checkpointing": options.no_checkpointing, "loss_samples": options.loss_samples}
                 figures = launch(options, job, processes)
                 figures["samples"] = (steps - 1) * options.batch_size * processes
                 runs[kind].append(figures)
         rows.append(summary(processes, runs))
-        print(table_line(rows[-1]), flush=True)
+        print(table_lines(rows[-1]), flush=True)
     return rows
 
 
@@ -218,24 +237,30 @@ def summary(processes: int, runs: dict[str, list[dict]]) -> dict:
         mean["samples_per_second"] = mean["samples"] / mean["seconds"]
         mean["tokens_per_second"] = mean["samples_per_second"] * mean["tokens"]
         mean["samples_per_cpu_second"] = mean["samples"] / processes / mean["cpu"]
+        mean["losses"] = [f["loss"] for f in figures]
         row[kind] = mean
     names = ("samples_per_second", "samples_per_cpu_second", "peak", "added")
     row["ratio"] = {name: row["b"][name] / row["a"][name] for name in names}
     return row
 
 
-def table_line(row: dict) -> str:
+def table_lines(row: dict) -> str:
     """One comparison in words."""
-    a, b, ratio = row["a"], row["b"], row["ratio"]
-    return (
-        f"{row['processes']} process(es){', ZeRO-3' if row['processes'] > 1 else ''}: "
-        f"(a) {a['samples_per_second']:.1f} samples/s, {a['tokens_per_second']:,.0f} useful tokens/s, "
-        f"peak {a['peak']:,.0f} MB of which training added {a['added']:,.0f}, validation loss {a['loss']:.3f}; "
-        f"(b) {b['samples_per_second']:.1f} samples/s, {b['tokens_per_second']:,.0f} tokens/s, "
-        f"peak {b['peak']:,.0f} MB, added {b['added']:,.0f}, loss {b['loss']:.3f}; "
-        f"(b)/(a): speed {ratio['samples_per_second']:.2f} (CPU time: {ratio['samples_per_cpu_second']:.2f}), "
-        f"peak {ratio['peak']:.2f}, added {ratio['added']:.2f}"
+    lines = [f"{row['processes']} process(es){', ZeRO-3' if row['processes'] > 1 else ''}"]
+    for kind, name in (("a", "plain Trainer"), ("b", "--packing")):
+        mean = row[kind]
+        losses = ", ".join(f"{loss:.4f}" for loss in mean["losses"])
+        lines.append(
+            f"  ({kind}) {name:13s} {mean['samples_per_second']:6.2f} samples/s  "
+            f"{mean['tokens_per_second']:6,.0f} useful tokens/s  peak {mean['peak']:5,.0f} MB, "
+            f"of which training added {mean['added']:5,.0f}  loss {losses}"
+        )
+    ratio = row["ratio"]
+    lines.append(
+        f"  (b)/(a)           speed {ratio['samples_per_second']:.2f} (by CPU time {ratio['samples_per_cpu_second']:.2f})  "
+        f"peak memory {ratio['peak']:.2f}, added by training {ratio['added']:.2f}"
     )
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -254,7 +279,8 @@ def main(argv: list[str] | None = None) -> None:
                 raise UserError(f"{OFFICE} is not there; name a dataset with --data_path and --dataset")
             make_office(data_path)
         make_base(
-            ["tiny", "--target", str(folder / "base"), "--data_path", str(data_path), "--dataset", options.dataset]
+            [options.model, "--target", str(folder / "base")]
+            + ["--data_path", str(data_path), "--dataset", options.dataset]
         )
         rows = compare(options, folder / "base", data_path, folder)
         if options.output:
