@@ -22,7 +22,7 @@ from models.sinkhorn import sinkhorn_codes
 
 DEFAULT_EPSILON = 0.003  # of the rounds, where training used none on the last level
 MAX_ROUNDS = 20
-BATCH_NUMBERS = 8 * 2**20  # float64 numbers of Sinkhorn plans computed at once
+BATCH_NUMBERS = 2**18  # float64 numbers of Sinkhorn plans computed at once: what a processor's cache holds
 EXACT_ITEMS = 512  # beyond so many items under one full prefix, the fallback is greedy (the exact one is cubic)
 EXACT_CODES = 2**21
 
@@ -87,6 +87,7 @@ def sinkhorn_rounds(
     """Assign each colliding group alone, as a batch of its own, by Sinkhorn on the last level, as long as items collide.
 
     Groups of equal size are computed together; the outcome is that of one after the other, as they have no item in common.
+    A group that meets again (most do, where the rounds end in a cycle) gets what it got before.
 
     Args:
         codes: int64 (items, levels), nearest codes; not changed.
@@ -99,6 +100,7 @@ def sinkhorn_rounds(
     """
     codes = codes.copy()
     colliding = []
+    known: dict[bytes, np.ndarray] = {}
     for done in range(max_rounds + 1):
         groups = collision_groups(codes)
         colliding.append(sum(map(len, groups)))
@@ -106,13 +108,17 @@ def sinkhorn_rounds(
             break
         by_size: dict[int, list[np.ndarray]] = {}
         for group in groups:
-            by_size.setdefault(len(group), []).append(group)
+            if (before := known.get(group.tobytes())) is not None:
+                codes[group, -1] = before
+            else:
+                by_size.setdefault(len(group), []).append(group)
         for size, members in by_size.items():
             step = max(1, BATCH_NUMBERS // (size * len(codebook)))
             for start in range(0, len(members), step):
                 items = np.stack(members[start : start + step])
                 distances = squared_distances(residuals[torch.from_numpy(items).to(residuals.device)], codebook)
                 codes[items, -1] = sinkhorn_codes(distances, epsilon, iterations).cpu().numpy()
+                known.update((group.tobytes(), codes[group, -1]) for group in items)
     return codes, colliding
 
 
@@ -123,6 +129,7 @@ class FreeIndices:
         self.sizes = list(sizes)
         self.room = [math.prod(self.sizes[depth:]) for depth in range(len(self.sizes) + 1)]
         self.taken = sorted({self.key(row) for row in taken.tolist()})
+        self.added: list[int] = []  # apart, as inserting into a list of millions is slow
 
     def key(self, prefix: Sequence[int]) -> int:
         """The number of a prefix (codes of the first levels) among those of its length."""
@@ -131,27 +138,28 @@ class FreeIndices:
             number = number * size + code
         return number
 
-    def count_taken(self, prefix: Sequence[int]) -> int:
-        """How many indices under `prefix` are taken."""
+    def _under(self, prefix: Sequence[int]) -> list[tuple[list[int], int, int]]:
+        """Where the taken indices under `prefix` stand: (sorted list, first, last + 1) of either list."""
         first, room = self.key(prefix), self.room[len(prefix)]
-        return bisect.bisect_left(self.taken, (first + 1) * room) - bisect.bisect_left(self.taken, first * room)
+        bounds = first * room, (first + 1) * room
+        return [(keys, *(bisect.bisect_left(keys, bound) for bound in bounds)) for keys in (self.taken, self.added)]
 
     def has_room(self, prefix: Sequence[int]) -> bool:
         """Whether an index under `prefix` is free."""
-        return self.count_taken(prefix) < self.room[len(prefix)]
+        return sum(high - low for _, low, high in self._under(prefix)) < self.room[len(prefix)]
 
     def free_mask(self, prefix: Sequence[int]) -> np.ndarray:
         """bool (room,): the free indices under `prefix`, in order of the codes that follow it."""
         room = self.room[len(prefix)]
         first = self.key(prefix) * room
         mask = np.ones(room, dtype=bool)
-        low, high = bisect.bisect_left(self.taken, first), bisect.bisect_left(self.taken, first + room)
-        mask[[key - first for key in self.taken[low:high]]] = False
+        for keys, low, high in self._under(prefix):
+            mask[[key - first for key in keys[low:high]]] = False
         return mask
 
     def take(self, index: Sequence[int]) -> None:
-        """`index` is no longer free."""
-        bisect.insort(self.taken, self.key(index))
+        """`index`, a free one, is no longer free."""
+        bisect.insort(self.added, self.key(index))
 
 
 def exact_assignment(rows: np.ndarray, candidates: np.ndarray) -> np.ndarray:
