@@ -1,10 +1,19 @@
-"""Merging a delta: time and peak memory against copying the files and against loading everything.
+"""Merging a delta: time and peak memory against copying files and against loading everything.
 
     python benchmarks/bench_convert.py                 # a LLaMA of about 1 GB in float16, three rounds
     python benchmarks/bench_convert.py --hidden 4096 --layers 32 --rounds 1      # the real size (13 GB + 13 GB + 13 GB)
 
-Baselines, run in turn with ours in every round: `cp -r` of base and delta (what moving the files costs), and the plain
-way (load both state dicts, add, save). Medians, and ratios to `cp`. All write to the same disk and end with `sync`.
+Baselines, run in turn with ours in every round:
+
+- `cp` of the target, a merged model: it stays in the page cache, the disk has not seen it when `cp` ends;
+- `cp, fsync`: the same, and on the disk;
+- `cp, fsync, sha256sum`: and the hashes of base, delta and copy. What any tool must do that states them;
+- `load everything, fsync, hashes`: both state dicts in memory, add, save, flush, hash the files: the work that ours does;
+- `load everything`: the plain script, which checks nothing and flushes nothing.
+
+`merge_delta.py` checks names, shapes, tokens and numbers, hashes and flushes. `start` is the same on a model of 1 MB:
+imports and checks, which do not grow with the model. Medians; all write to the same disk, from a warm page cache as
+long as memory suffices.
 """
 
 from __future__ import annotations
@@ -29,7 +38,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from utils import run_main, versions  # noqa: E402
 
 PLAIN = """
-import sys, torch
+import hashlib, os, sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
 def load(folder):
@@ -37,12 +46,20 @@ def load(folder):
     for path in sorted(Path(folder).glob("pytorch_model*.bin")):
         state |= torch.load(path, map_location="cpu", weights_only=True)
     return state
-base, delta = load(sys.argv[1]), load(sys.argv[2])
-for name, tensor in delta.items():
-    if name in base and base[name].shape == tensor.shape:
-        tensor += base[name].half()
-Path(sys.argv[3]).mkdir()
-save_file(delta, Path(sys.argv[3]) / "model.safetensors")
+base, delta, out, hashes = sys.argv[1:]
+summed = load(delta)
+for name, tensor in load(base).items():
+    if summed[name].shape == tensor.shape:
+        summed[name] += tensor.half()
+Path(out).mkdir()
+save_file(summed, Path(out) / "model.safetensors")
+if hashes == "hashes":
+    with open(Path(out) / "model.safetensors", "rb") as file:
+        os.fsync(file.fileno())
+    for folder in (base, delta, out):
+        for path in [*Path(folder).glob("*.bin"), *Path(folder).glob("*.safetensors")]:
+            with open(path, "rb") as file:
+                print(path, hashlib.file_digest(file, "sha256").hexdigest())
 """
 
 
@@ -91,28 +108,48 @@ def _random(name: str, shape: tuple[int, ...]):  # noqa: ANN202
 
 
 def timed(command: list[str]) -> tuple[float, float]:
-    """Seconds until `command` has ended and the disk is in step, and its peak resident memory in GB."""
+    """Seconds that `command` takes, begun with nothing left to write to the disk, and its peak resident memory in GB."""
     os.sync()
     start = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
+    took = time.perf_counter() - start
     if status:
         raise RuntimeError(f"{command[:3]} failed")
-    os.sync()
-    return time.perf_counter() - start, usage.ru_maxrss / 2**20
+    return took, usage.ru_maxrss / 2**20
+
+
+def merge_command(folder: Path, out: Path) -> list[str]:
+    """The merge of `folder`/base and `folder`/delta."""
+    words = ["convert/merge_delta.py", "--base-model-path", folder / "base", "--delta-path", folder / "delta"]
+    return [sys.executable, *map(str, words), "--target-model-path", str(out)]
 
 
 def ways(folder: Path) -> dict[str, list[str]]:
-    """Name → command; each writes below `folder`/out."""
-    base, delta, out = (str(folder / name) for name in ("base", "delta", "out"))
-    merge = [sys.executable, "convert/merge_delta.py", "--base-model-path", base, "--delta-path", delta]
-    merge += ["--target-model-path", out]
+    """Name → command; each writes `folder`/out. `folder`/target is a merged model."""
+    base, delta, target, out = (str(folder / name) for name in ("base", "delta", "target", "out"))
+    copy, flush = f"cp -r {target} {out}", f"sync {out}/*"
+    hashes = f"sha256sum {base}/*.bin {delta}/*.bin {out}/*.safetensors"
     return {
-        "cp -r base delta": ["cp", "-r", base, delta, out],
-        "load everything": [sys.executable, "-c", PLAIN, base, delta, out],
-        "merge_delta.py": merge,
-        "merge_delta.py --low-cpu-mem": [*merge, "--low-cpu-mem"],
+        "cp": ["sh", "-c", copy],
+        "cp, fsync": ["sh", "-c", f"{copy} && {flush}"],
+        "cp, fsync, sha256sum": ["sh", "-c", f"{copy} && {flush} && {hashes}"],
+        "load everything": [sys.executable, "-c", PLAIN, base, delta, out, "no"],
+        "load everything, fsync, hashes": [sys.executable, "-c", PLAIN, base, delta, out, "hashes"],
+        "merge_delta.py": merge_command(folder, folder / "out"),
+        "merge_delta.py --low-cpu-mem": [*merge_command(folder, folder / "out"), "--low-cpu-mem"],
+        "start of merge_delta.py": merge_command(folder / "small", folder / "out"),
     }
+
+
+def make_all(folder: Path, hidden: int, layers: int, shards: int) -> None:
+    """The inputs, large and small, in a process of its own: a child's peak memory counts from its parent's size."""
+    for place, *sizes in ((folder, hidden, layers, shards), (folder / "small", 128, 1, 1)):
+        place.mkdir(exist_ok=True)
+        worker = multiprocessing.get_context("spawn").Process(target=make_inputs, args=(place, *sizes))
+        worker.start()
+        worker.join()
+    timed(merge_command(folder, folder / "target"))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -126,13 +163,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
-        # in a process of its own: a child's peak memory counts from its parent's size
-        worker = multiprocessing.get_context("spawn").Process(
-            target=make_inputs, args=(folder, args.hidden, args.layers, args.shards)
-        )
-        worker.start()
-        worker.join()
-        size = sum(path.stat().st_size for path in folder.rglob("*.bin")) / 2**30
+        make_all(folder, args.hidden, args.layers, args.shards)
+        size = sum(path.stat().st_size for path in folder.glob("*/*.bin")) / 1e9
         print(
             f"base and delta: {size:.2f} GB in {2 * args.shards} files; {versions('torch', 'safetensors')}", flush=True
         )
@@ -140,18 +172,20 @@ def main(argv: list[str] | None = None) -> None:
         memory: dict[str, float] = {}
         for _ in range(args.rounds):
             for way, command in ways(folder).items():
-                if way.startswith("cp"):
-                    (folder / "out").mkdir()
                 took, peak = timed(command)
                 print(f"  {way}: {took:.2f} s", flush=True)
                 seconds.setdefault(way, []).append(took)
                 memory[way] = max(memory.get(way, 0.0), peak)
                 shutil.rmtree(folder / "out")
-    reference = statistics.median(seconds["cp -r base delta"])
-    print(f"{'way':<30}{'median s':>10}{'× cp':>8}{'peak GB':>10}")
-    for way, times in seconds.items():
-        middle = statistics.median(times)
-        print(f"{way:<30}{middle:>10.2f}{middle / reference:>8.2f}{memory[way]:>10.2f}")
+    show({way: statistics.median(times) for way, times in seconds.items()}, memory)
+
+
+def show(seconds: dict[str, float], memory: dict[str, float]) -> None:
+    """The table: every way's median, and how many times as long ours takes."""
+    print(f"{'way':<32}{'median s':>10}{'merge_delta.py takes':>22}{'peak GB':>10}")
+    for way, middle in seconds.items():
+        ratio = f"{seconds['merge_delta.py'] / middle:.2f} ×"
+        print(f"{way:<32}{middle:>10.2f}{ratio:>22}{memory[way]:>10.2f}")
 
 
 if __name__ == "__main__":

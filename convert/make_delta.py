@@ -11,6 +11,9 @@ the target bit for bit (where the difference cannot be represented in float16).
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
+import gc
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +21,8 @@ from typing import Any
 
 if not __package__:  # run as a script: the root instead of this folder, whose names would shadow others
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    gc.disable()  # the imports make a million objects that stay: to go through them again and again takes seconds
+    atexit.register(gc.freeze)
 
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -25,7 +30,7 @@ from tqdm import tqdm  # noqa: E402
 from convert.folder import TOKENIZER_FILES, ModelFolder, copy_files, find_model, new_folder, write_settings  # noqa: E402
 from convert.merge_delta import Plan, plan_merge  # noqa: E402
 from convert.push import push_folder  # noqa: E402
-from convert.weights import DTYPES, InputHashes, Weights, all_finite, parse_size, write_weights  # noqa: E402
+from convert.weights import DTYPES, InputHashes, Weights, all_finite, count_different, parse_size, write_weights  # noqa: E402
 from utils import UserError, run_main, say, versions, write_json  # noqa: E402
 
 
@@ -42,14 +47,14 @@ def delta_blocks(
         for block in target.blocks(name):
             whole = block.to(plan.dtype)
             _refuse_infinite(name, whole, block)
-            inexact[name] = inexact.get(name, 0) + int((whole.to(block.dtype) != block).sum())
+            inexact[name] = inexact.get(name, 0) + count_different(whole.to(block.dtype), block)
             yield whole
         return
     for block, ours in zip(target.blocks(name), base.blocks(source), strict=True):
         wanted, ours = block.to(plan.dtype), ours.to(plan.dtype)
         difference = wanted - ours
         _refuse_infinite(name, difference, block)
-        inexact[name] = inexact.get(name, 0) + int((ours + difference != wanted).sum())
+        inexact[name] = inexact.get(name, 0) + count_different(ours + difference, wanted)
         yield difference
 
 
@@ -67,9 +72,10 @@ def make_delta(
 ) -> dict[str, Any]:
     """Write target − base to the folder `delta`; the report, as in `delta_report.json`."""
     b, t = base.weights(), target.weights()
-    plan = plan_merge(base, target, b, t, dtype)
     inexact: dict[str, int] = {}
-    with new_folder(delta, overwrite) as partial, InputHashes({"base": b.files, "target": t.files}) as inputs:
+    with InputHashes(base=b, target=t) as inputs, contextlib.ExitStack() as stack:
+        plan = plan_merge(base, target, b, t, dtype)  # hashing has begun: the imports for this take their time
+        partial = stack.enter_context(new_folder(delta, overwrite))
         copy_files(target, partial, (*TOKENIZER_FILES, "generation_config.json", "run.json"))
         bar = tqdm(plan.shapes, unit="tensor", disable=None)
         names = iter(bar)

@@ -191,15 +191,13 @@ def merge_lora(
         side, stored = (adapter.weights, adapter.whole[name]) if name in adapter.whole else (weights, name)
         if stored not in side or side.entries[stored].shape != wanted[name]:
             raise UserError(f"{side.folder}: lacks {name} in the shape {list(wanted[name])} that the merged model has")
-    with new_folder(target, overwrite) as partial:
-        files = {"base": weights.files, "adapter": adapter.weights.files}
-        with InputHashes(files) as inputs:
-            copy_files(source, partial, (*TOKENIZER_FILES, "generation_config.json", "run.json"))
-            specs = {name: (wanted[name], dtype) for name in names}
-            outputs = write_weights(
-                partial, specs, lambda name: lora_blocks(name, adapter, weights, dtype), max_shard_bytes
-            )
-            report = _report(adapter, weights, specs, {**inputs.result(), "target": outputs}, tokens)
+    with new_folder(target, overwrite) as partial, InputHashes(base=weights, adapter=adapter.weights) as inputs:
+        copy_files(source, partial, (*TOKENIZER_FILES, "generation_config.json", "run.json"))
+        specs = {name: (wanted[name], dtype) for name in names}
+        outputs = write_weights(
+            partial, specs, lambda name: lora_blocks(name, adapter, weights, dtype), max_shard_bytes
+        )
+        report = _report(adapter, weights, specs, {**inputs.result(), "target": outputs}, tokens)
         write_json(partial / "merge_report.json", report)
         config.dtype = dtype
         write_settings(partial, config.to_diff_dict())

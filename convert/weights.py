@@ -7,6 +7,7 @@ one block of a tensor, whatever the size of the model.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -16,17 +17,23 @@ import pickle
 import queue
 import re
 import struct
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
 from utils import UserError, read_json
 
-BLOCK_BYTES = 32 * 2**20
+BLOCK_BYTES = 8 * 2**20  # at 4 bytes a number; small enough to stay in the processor's cache from the sum to the hash
+HASH_BYTES = 32 * 2**20
+FLUSH_BYTES = 128 * 2**20
+AHEAD_BYTES = 2 * 2**30
 OLD_BUFFERS = (".rotary_emb.inv_freq",)  # LLaMA checkpoints of 2023 stored them; models compute them now
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -123,6 +130,7 @@ class Weights:
     ) -> None:
         self.folder = Path(folder)
         self.allowed = allowed
+        self.bytes_read = 0  # how much `blocks` has given out
         self._last: tuple[Path, Callable[[str], torch.Tensor]] | None = None
         self._mapping: tuple[int, int] | None = None
         self.files, self._weight_map = self._find(stem)
@@ -203,6 +211,7 @@ class Weights:
         for start, stop in row_blocks(entry.shape):
             block = tensor[start:stop] if entry.shape else tensor
             yield block
+            self.bytes_read += block.nbytes
             if mapped:
                 release(block)
 
@@ -247,6 +256,12 @@ def all_finite(block: torch.Tensor) -> bool:
         return True
     low, high = torch.aminmax(block)
     return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def count_different(one: torch.Tensor, other: torch.Tensor) -> int:
+    """In how many numbers two tensors of one shape and type differ by a bit (0 and -0 do)."""
+    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.itemsize]
+    return int(np.count_nonzero((one.view(kind) != other.view(kind)).numpy()))
 
 
 def row_blocks(shape: tuple[int, ...], rows_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
@@ -299,42 +314,66 @@ def plan_shards(
     return shards
 
 
+class _Worker:
+    """Calls `work` on what it is given, in order, in a thread of its own; `put` and `finish` raise what `work` raised."""
+
+    def __init__(self, work: Callable[[bytes | memoryview], object]) -> None:
+        self._work = work
+        self._error: BaseException | None = None
+        self._queue: queue.Queue[bytes | memoryview | None] = queue.Queue(maxsize=4)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while (data := self._queue.get()) is not None:
+            if self._error is None:
+                try:
+                    self._work(data)
+                except BaseException as error:  # noqa: BLE001  (raised again in the thread of whoever gave the data)
+                    self._error = error
+
+    def put(self, data: bytes | memoryview, skip_if_busy: bool = False) -> None:
+        if self._error:
+            raise self._error
+        if not (skip_if_busy and self._queue.qsize()):
+            self._queue.put(data)
+
+    def finish(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+        if self._error:
+            raise self._error
+
+
 class _Sink:
-    """A file written, and hashed, by a thread of its own, so that reading and adding go on meanwhile."""
+    """A file that is written, hashed and flushed to the disk by a thread each, so that reading and adding go on."""
 
     def __init__(self, path: Path) -> None:
         self._file = open(path, "wb")  # noqa: SIM115  (closed by finish)
         self._hash = hashlib.sha256()
-        self._error: BaseException | None = None
-        self._queue: queue.Queue[bytes | memoryview | None] = queue.Queue(maxsize=2)
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
+        self._flusher = _Worker(lambda _: os.fdatasync(self._file.fileno()))  # else the disk would begin at the end
+        self._workers = (_Worker(self._write), _Worker(self._hash.update), self._flusher)
+        self._waiting = 0
 
-    def _work(self) -> None:
-        while (data := self._queue.get()) is not None:
-            if self._error is None:
-                try:
-                    self._file.write(data)
-                    self._hash.update(data)
-                except BaseException as error:  # noqa: BLE001  (raised again by the writer's own thread)
-                    self._error = error
+    def _write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._waiting += len(data)
+        if self._waiting >= FLUSH_BYTES:
+            self._waiting = 0
+            self._flusher.put(b"", skip_if_busy=True)
 
     def write(self, data: bytes | memoryview) -> None:
-        if self._error:
-            raise self._error
-        self._queue.put(data)
+        for worker in self._workers[:2]:
+            worker.put(data)
 
     def finish(self) -> str:
         """Wait, flush to the disk, close; the SHA-256 in hex."""
-        self._queue.put(None)
-        self._thread.join()
-        try:
-            if self._error:
-                raise self._error
+        with self._file, contextlib.ExitStack() as stack:
+            for worker in reversed(self._workers):
+                stack.callback(worker.finish)
+            stack.close()
             self._file.flush()
             os.fsync(self._file.fileno())
-        finally:
-            self._file.close()
         return self._hash.hexdigest()
 
 
@@ -407,38 +446,62 @@ def _verify(folder: Path, tensors: dict[str, tuple[tuple[int, ...], torch.dtype]
 
 
 class InputHashes:
-    """SHA-256 of the input files, computed by a thread of its own while a `with` block reads them.
+    """SHA-256 of the files of `Weights`, by a thread for each, which begin with the `with` block.
+
+    They run ahead of whoever reads the tensors, who then finds the bytes in the system's cache: the disk gives them
+    once. But by `AHEAD_BYTES` at most, or a machine with little memory would have dropped them by then.
 
     Args:
-        sides: name of the side → its files.
+        sides: name of the side → its tensors.
     """
 
-    def __init__(self, sides: dict[str, list[Path]]) -> None:
+    def __init__(self, **sides: Weights) -> None:
         self._sides = sides
         self._found: dict[str, dict[str, str]] = {side: {} for side in sides}
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._ahead = AHEAD_BYTES
+        self._stopped = False
+        self._error: BaseException | None = None
+        self._threads = [threading.Thread(target=self._work, args=(side,), daemon=True) for side in sides]
 
-    def _work(self) -> None:
-        for side, files in self._sides.items():
-            for path in files:
-                digest = hashlib.sha256()
-                with open(path, "rb") as file:
-                    while (data := file.read(2**22)) and not self._stop.is_set():
-                        digest.update(data)
-                self._found[side][path.name] = digest.hexdigest()
+    def _work(self, side: str) -> None:
+        try:
+            for path, digest in self._digests(self._sides[side]):
+                self._found[side][path.name] = digest
+        except BaseException as error:  # noqa: BLE001  (raised again by `result`)
+            self._error = error
+
+    def _digests(self, weights: Weights) -> Iterator[tuple[Path, str]]:
+        # A thread needs Python's lock for every call, and imports hold it: so few calls, of many bytes
+        buffer, done = memoryview(bytearray(HASH_BYTES)), 0
+        for path in weights.files:
+            digest = hashlib.sha256()
+            with open(path, "rb", buffering=0) as file:
+                while size := file.readinto(buffer):
+                    digest.update(buffer[:size])
+                    done += size
+                    while not self._stopped and done > weights.bytes_read + self._ahead:
+                        time.sleep(0.01)
+                    if self._stopped:
+                        return
+            yield path, digest.hexdigest()
 
     def __enter__(self) -> InputHashes:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        self._thread.join()
+        self._stopped = True
+        for thread in self._threads:
+            thread.join()
 
     def result(self) -> dict[str, dict[str, str]]:
         """Side → file name → SHA-256, when all are there."""
-        self._thread.join()
+        self._ahead = sys.maxsize
+        for thread in self._threads:
+            thread.join()
+        if self._error:
+            raise self._error
         return self._found
 
 
