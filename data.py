@@ -359,12 +359,18 @@ def _search_sample(split: str) -> Callable[..., Sample]:
     return sample
 
 
-def _preference_sample(data: RecData, row: np.ndarray, form: HistoryFormat, rng: np.random.Generator) -> Sample:
-    user = data.users.user_ids[row[0]]
-    history = form.cut(data.inters[user][:-3])
-    preferences = data.users.preferences[user]
-    slots = _history_slots(data, form, history) | {"explicit_preference": preferences[rng.integers(len(preferences))]}
-    return Sample(user, history, -1, slots)
+def _preference_sample(held_out: int) -> Callable[..., Sample]:
+    """The history leaves the user's `held_out` last items out."""
+
+    def sample(data: RecData, row: np.ndarray, form: HistoryFormat, rng: np.random.Generator) -> Sample:
+        user = data.users.user_ids[row[0]]
+        history = form.cut(data.inters[user][:-held_out])
+        preferences = data.users.preferences[user]
+        preference = preferences[rng.integers(len(preferences))]
+        slots = _history_slots(data, form, history) | {"explicit_preference": preference}
+        return Sample(user, history, -1, slots)
+
+    return sample
 
 
 @dataclass(frozen=True)
@@ -392,7 +398,11 @@ TASKS: dict[str, Task] = {
         {"train": _search_sample("train"), "test": _search_sample("test")},
         needs_users=True,
     ),
-    "preferenceobtain": Task({"train": _preference_rows}, {"train": _preference_sample}, needs_users=True),
+    "preferenceobtain": Task(
+        {"train": _preference_rows, "valid": _user_rows},
+        {"train": _preference_sample(3), "valid": _preference_sample(2)},
+        needs_users=True,
+    ),
 }
 
 
@@ -418,18 +428,27 @@ class TrainSet:
 
     Args:
         tasks: `(task, train_prompt_sample_num, train_data_sample_num)`, as `arguments.parse_tasks` gives them.
+        split: "valid" takes the validation samples of those tasks that have some.
     """
 
     def __init__(
-        self, data: RecData, prompts: Prompts, tasks: list[tuple[str, int, int]], form: HistoryFormat, seed: int = 42
+        self,
+        data: RecData,
+        prompts: Prompts,
+        tasks: list[tuple[str, int, int]],
+        form: HistoryFormat,
+        seed: int = 42,
+        split: str = "train",
     ):
         self.data, self.prompts, self.form, self.seed, self.epoch = data, prompts, form, seed, 0
         self.names = [name for name, _, _ in tasks]
         self.repetitions = [repetitions for _, repetitions, _ in tasks]
         self.templates = [prompts.of(name) for name in self.names]
+        splits = [split if split in TASKS[name].rows else "train" for name in self.names]
+        self._sample = [TASKS[name].sample[split] for name, split in zip(self.names, splits, strict=True)]
         self.rows = []
-        for name, _, wanted in tasks:
-            rows = TASKS[name].rows["train"](data)
+        for (name, _, wanted), split in zip(tasks, splits, strict=True):
+            rows = TASKS[name].rows[split](data)
             if 0 < wanted < len(rows):
                 chosen = _random(seed, list(TASKS).index(name)).choice(len(rows), wanted, replace=False)
                 rows = rows[np.sort(chosen)]
@@ -459,7 +478,7 @@ class TrainSet:
         name, repetitions = self.names[task], self.repetitions[task]
         row, repetition = divmod(number - (int(self.ends[task - 1]) if task else 0), repetitions)
         key = (self.seed, self.epoch, list(TASKS).index(name), row)
-        sample = TASKS[name].sample["train"](self.data, self.rows[task][row], self.form, _random(*key, 1 + repetition))
+        sample = self._sample[task](self.data, self.rows[task][row], self.form, _random(*key, 1 + repetition))
         order = _template_order(self.templates[task], sample.slots, _random(*key, 0))
         template = order[repetition % len(order)]
         return {
@@ -508,6 +527,21 @@ class ValidSet:
             "prompt": self.prompts.prompt(self.templates[template], sample.slots),
             "response": self.prompts.response(self.templates[template], sample.slots),
         }
+
+
+class TaskValidSet(TrainSet):
+    """Up to `count` samples of each of `tasks`, drawn once, for the validation loss by task; no training depends on them.
+
+    fusionseqrec asks for the validation target, and preferenceobtain shows the history before it. Nothing is held out of the
+    other tasks, whose texts belong to an item or to the training target: theirs are training samples with a template drawn
+    anew, which tell how well the task is learned, not how well it generalises.
+    """
+
+    def __init__(
+        self, data: RecData, prompts: Prompts, tasks: list[str], form: HistoryFormat, seed: int = 42, count: int = 100
+    ):
+        super().__init__(data, prompts, [(name, 1, count) for name in tasks], form, seed, "valid")
+        self.set_epoch(2**31)  # a draw that no epoch has
 
 
 class TestSet:

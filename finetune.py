@@ -35,7 +35,7 @@ import torch
 
 from arguments import add_data, add_global, add_train, comma_list, make_parser, parse_tasks
 from collator import TrainCollator
-from data import TASKS, HistoryFormat, RecData, TrainSet, ValidSet, load_data
+from data import TASKS, HistoryFormat, RecData, TaskValidSet, TrainSet, ValidSet, load_data
 from prompt import load_prompts
 from utils import (
     UserError,
@@ -62,7 +62,7 @@ FREE_ON_RESUME = {
         "deepspeed",
         "prompt_file",
     ),
-    *("logging_step", "report_to", "save_total_limit", "gradient_checkpointing"),
+    *("logging_step", "report_to", "save_total_limit", "gradient_checkpointing", "eval_task_samples"),
 }
 PREPARED = "base_with_item_tokens"  # folder in output_dir, removed at the end
 
@@ -86,6 +86,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for add in (add_global, add_data, add_train):
         add(parser)
     parser.add_argument("--overwrite_output_dir", action="store_true", help="replace the run that --output_dir holds")
+    parser.add_argument(
+        "--eval_task_samples",
+        type=int,
+        default=100,
+        metavar="N",
+        help="samples of each task but seqrec whose loss is logged at each evaluation; 0: none",
+    )
     args = parser.parse_args(argv)
     parse_tasks(args)
     if args.fp16 and args.bf16:
@@ -149,7 +156,7 @@ def start_processes(args: argparse.Namespace) -> None:
 
 
 def load_datasets(args: argparse.Namespace) -> tuple[RecData, TrainSet, ValidSet]:
-    """The checked data, the mixture of training tasks and the validation set."""
+    """The checked data, the mixture of training tasks and the validation set (seqrec)."""
     tasks = parse_tasks(args)
     needs_users = any(TASKS[name].needs_users for name, _, _ in tasks)
     data = load_data(args.data_path, args.dataset, args.index_file, needs_users)
@@ -504,6 +511,7 @@ def make_trainer(run: Run) -> Any:
         model=run.model,
         args=run.training,
         tasks=tasks,
+        task_set=task_samples(run),
         ranking=ranking,
         train_dataset=run.train_set,
         eval_dataset=run.valid_set,
@@ -518,6 +526,15 @@ def make_trainer(run: Run) -> Any:
     if sys.stderr.isatty():
         trainer.add_callback(Bar)
     return trainer
+
+
+def task_samples(run: Run) -> TaskValidSet | None:
+    """The samples of the validation loss by task, or None if there is no task but seqrec."""
+    others = [name for name in run.train_set.names if name != "seqrec"]
+    if not others or run.args.eval_task_samples <= 0:
+        return None
+    valid = run.valid_set
+    return TaskValidSet(run.data, valid.prompts, others, valid.form, run.args.seed, run.args.eval_task_samples)
 
 
 def clear_partial(folder: Path) -> None:

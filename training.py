@@ -139,12 +139,13 @@ class RecTrainer(Trainer):
 
     Args:
         tasks: the names that the numbers in a batch's `tasks` stand for.
+        task_set: further validation samples, for the loss of each task alone; the evaluation loss leaves them out.
         ranking: called with the model after each evaluation; its figures join the evaluation's.
     """
 
-    def __init__(self, *args: Any, tasks: list[str], ranking: Any = None, **more: Any):
+    def __init__(self, *args: Any, tasks: list[str], task_set: Any = None, ranking: Any = None, **more: Any):
         super().__init__(*args, **more)
-        self.tasks, self.ranking = tasks, ranking
+        self.tasks, self.task_set, self.ranking = tasks, task_set, ranking
         self.model_accepts_loss_kwargs = True  # compute_loss divides by all labelled tokens of the step itself
         self.head = LabelledHead(self.accelerator.unwrap_model(self.model))
         self._sums = torch.zeros(len(tasks), 2, dtype=torch.float64)  # loss and labelled tokens since the last line
@@ -205,25 +206,15 @@ class RecTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean loss over the labelled tokens of the validation set, every sample exactly once, and by task."""
+        """Mean loss over the labelled tokens of the validation set, every sample exactly once; then by task; the ranking."""
         began = time.monotonic()
-        dataset, model = eval_dataset or self.eval_dataset, self.model_wrapped
+        model = self.model_wrapped
         training = model.training
         model.eval()
-        sums = torch.zeros(len(self.tasks), 2, dtype=torch.float64, device=self.args.device)
-        size = self.args.eval_batch_size
-        # every process takes part in as many batches as the others: ZeRO-3 gathers weights together
-        for start in range(rank(), len(dataset) + rank(), size * world_size()):
-            numbers = range(start, len(dataset), world_size())[:size]
-            batch = self._prepare_inputs(self.data_collator([dataset[i] for i in numbers] or [dataset[0]]))
-            with torch.no_grad():
-                losses, tasks = self.token_losses(model, batch)
-            if numbers:
-                sums[:, 0].index_add_(0, tasks, losses.double())
-                sums[:, 1] += torch.bincount(tasks, minlength=len(self.tasks))
-        sums = sum_over_processes(sums)
+        sums = self._loss_sums(model, eval_dataset or self.eval_dataset)
         metrics = {f"{metric_key_prefix}_loss": (sums[:, 0].sum() / sums[:, 1].sum()).item()}
-        if int((sums[:, 1] > 0).sum()) > 1:
+        if self.task_set is not None:
+            sums += self._loss_sums(model, self.task_set)
             for name, (loss, count) in zip(self.tasks, sums.tolist(), strict=True):
                 if count:
                     metrics[f"{metric_key_prefix}_loss_{name}"] = loss / count
@@ -237,6 +228,21 @@ class RecTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._clock += time.monotonic() - began  # not part of the training's speed
         return metrics
+
+    @torch.no_grad()
+    def _loss_sums(self, model: Any, dataset: Any) -> Tensor:
+        """Summed loss and number of the labelled tokens of `dataset` by task: float64 `(tasks, 2)`, over all processes."""
+        sums = torch.zeros(len(self.tasks), 2, dtype=torch.float64, device=self.args.device)
+        size = self.args.eval_batch_size
+        # every process takes part in as many batches as the others: ZeRO-3 gathers weights together
+        for start in range(rank(), len(dataset) + rank(), size * world_size()):
+            numbers = range(start, len(dataset), world_size())[:size]
+            batch = self._prepare_inputs(self.data_collator([dataset[i] for i in numbers] or [dataset[0]]))
+            losses, tasks = self.token_losses(model, batch)
+            if numbers:
+                sums[:, 0].index_add_(0, tasks, losses.double())
+                sums[:, 1] += torch.bincount(tasks, minlength=len(self.tasks))
+        return sum_over_processes(sums)
 
     # ---- checkpoints ----
 

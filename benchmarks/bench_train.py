@@ -180,7 +180,6 @@ def final_loss(run: finetune.Run, model: object, count: int) -> float:
     from collator import TrainCollator
 
     collator = TrainCollator(run.tokenizer, run.args.model_max_length, True)
-    model.config.use_cache = False
     numbers = random.Random(1).sample(range(len(run.train_set)), count)
     total = labelled = 0.0
     model.eval()
@@ -188,7 +187,7 @@ def final_loss(run: finetune.Run, model: object, count: int) -> float:
         batch = collator([run.train_set[i] for i in numbers[start : start + 8]])
         here = int((batch["labels"][:, 1:] != -100).sum())
         with torch.no_grad():
-            total += model(**batch).loss.item() * here
+            total += model(**batch, use_cache=False).loss.item() * here
         labelled += here
     return total / labelled
 

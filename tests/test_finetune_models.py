@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune
 from collator import encode_samples
+from data import HistoryFormat, TaskValidSet, load_data
 from modeling import add_item_tokens, grow_vocabulary, load_model, load_tokenizer
+from prompt import load_prompts
 
 ITEM_TOKENS = sorted({f"<a_{i}>" for i in range(5)} | {f"<b_{i}>" for i in range(6)} | {f"<c_{i}>" for i in range(3)})
 
@@ -119,6 +121,40 @@ def test_losses_are_those_of_a_plain_trainer_on_a_collation_by_hand(tmp_path, on
     assert one[-1]["loss"] < one[0]["loss"]
 
 
+def loss_by_hand(model: torch.nn.Module, tokenizer: object, samples: list[dict]) -> float:
+    """Mean loss over the responses' tokens, each sample alone through the plain model."""
+    total = count = 0.0
+    for sample in samples:
+        shown = len(tokenizer(sample["prompt"])["input_ids"])
+        whole = tokenizer(sample["prompt"] + sample["response"])["input_ids"] + [tokenizer.eos_token_id]
+        labels = [-100] * shown + whole[shown:]
+        with torch.no_grad():
+            loss = model(torch.tensor([whole]), labels=torch.tensor([labels])).loss.item()
+        total, count = total + loss * (len(whole) - shown), count + len(whole) - shown
+    return total / count
+
+
+def test_validation_samples_of_tasks_stop_before_the_test_target(tmp_path):
+    write_dataset(tmp_path / "data")
+    data = load_data(str(tmp_path / "data"), "Toy", need_users=True)
+    names = ["fusionseqrec", "preferenceobtain", "itemsearch", "index2item"]
+    form = HistoryFormat(max_his_len=-1)
+    samples = TaskValidSet(data, load_prompts(), names, form, count=10)
+    assert samples.counts() == dict.fromkeys(names, 10)
+    again = TaskValidSet(data, load_prompts(), names, form, count=10)
+    assert [samples[i] for i in range(40)] == [again[i] for i in range(40)]
+    users = list(data.inters)
+    for number in range(10):  # the history shown is all that precedes the validation target
+        fusion, preference = samples[number], samples[10 + number]
+        items = data.inters[users[samples.rows[0][number][0]]]
+        shown = {data.index_text(i) in fusion["prompt"] or data.titles[i] in fusion["prompt"] for i in items[:-2]}
+        assert shown == {True} and data.index_text(items[-1]) not in fusion["prompt"] + fusion["response"]
+        answers = (data.index_text(items[-2]), data.titles[items[-2]], data.descriptions[items[-2]])
+        assert fusion["response"].strip() in answers
+        items = data.inters[users[samples.rows[1][number][0]]]
+        assert [data.index_text(i) in preference["prompt"] for i in items[-3:]] == [True, False, False]
+
+
 def test_loss_by_task_and_validation_in_the_log(tmp_path):
     make_model("llama", tmp_path / "base")
     write_dataset(tmp_path / "data")
@@ -131,6 +167,16 @@ def test_loss_by_task_and_validation_in_the_log(tmp_path):
     assert all(row["tokens_per_second"] > 0 and row["memory_gib"] > 0 for row in lines)
     evaluation = next(row for row in history if "eval_loss" in row)
     assert 0 <= evaluation["eval_ndcg@10"] <= evaluation["eval_hit@10"] <= 1
+    sets = {"seqrec": [run.valid_set[i] for i in range(len(run.valid_set))]}
+    for sample in run.trainer.task_set:
+        sets.setdefault(sample["task"], []).append(sample)
+    assert set(sets) == set(run.train_set.names)
+    run.model.eval()
+    for name, samples in sets.items():
+        assert evaluation[f"eval_loss_{name}"] == pytest.approx(
+            loss_by_hand(run.model, run.tokenizer, samples), rel=1e-4
+        )
+    assert evaluation["eval_loss"] == evaluation["eval_loss_seqrec"]
     log = (tmp_path / "out" / "train.log").read_text().splitlines()
     assert len(log) == len(lines) + 1
     json.dumps(history)
