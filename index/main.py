@@ -49,7 +49,7 @@ PRESETS = {
         "num_emb_list": [256, 256, 256, 256],
         "sk_last": 0.003,
         "batch_size": 256,
-        "epochs": 20,
+        "epochs": 15,
         "warmup_epochs": 1,
         "eval_step": 5,
         "weight_decay": 1e-4,
@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--layers", type=int, nargs="+", default=widths, help="hidden widths of the encoder (2048 1024 512 256 128 64)")
     add("--save_limit", type=int, default=5, help="newest and best epoch checkpoints kept, each (5)")
     add("--ckpt_dir", default="", help="where the run's folder is made")
-    presets = "paper (its published settings) or fast (other start, smaller batches, 20 epochs); flags overrule it"
+    presets = "paper (its published settings) or fast (other start, smaller batches, 15 epochs); flags overrule it"
     add("--preset", choices=PRESETS, help=presets)
     starts = "encoder and decoder start at random weights or at the data's principal components (random)"
     add("--init", choices=["random", "pca"], default="random", help=starts)
