@@ -1,13 +1,15 @@
 """How soon an RQ-VAE is good: a plain training loop against index/ with `--preset fast`, in turn in one call; and scale.
 
     python benchmarks/bench_index.py --data_path ./data/Games/Games.emb-llama-td.npy            # plain, then ours
+    python benchmarks/bench_index.py --data_path F --threads 1     # then processor time is the clock to trust
     python benchmarks/bench_index.py --data_path F --epochs 20 --no-equal_time                  # a shorter look
     python benchmarks/bench_index.py --items 1000000                  # memory and time of main.py, generate_indices.py
 
 The plain loop is the paper's recipe (4 levels of 256 codes, epsilon 0.003 on the last, batches of 1,024, AdamW with
 1e-3 and weight decay 1e-4, linear schedule) over a DataLoader that stacks rows, with Sinkhorn on the whole plan and one
 optimiser step a batch. Both are measured with nearest codes on all items; the clock stands still meanwhile. Quality is
-reached where reconstruction and collision rate are both at or below the plain loop's at its end.
+reached where reconstruction and collision rate are both at or below the plain loop's at its end. Then both models, and
+the methods that train none, make their indices: conflicts, error and purity side by side.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import contextlib
 import copy
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -37,10 +40,13 @@ sys.path.insert(0, str(INDEX))
 
 import main as index_main  # noqa: E402
 from embeddings import Embeddings  # noqa: E402
-from figures import index_figures  # noqa: E402
+from figures import collision_groups, index_figures  # noqa: E402
+from index_report import LABEL_FIELDS, labels_of, read_items  # noqa: E402
+from methods import METHODS, Index, Options, index_of  # noqa: E402
 from models.quantiser import VectorQuantizer, squared_distances  # noqa: E402
 from models.rqvae import RQVAE, RQVAEConfig  # noqa: E402
 from parallel import Processes  # noqa: E402
+from purity import label_purity, neighbour_purity  # noqa: E402
 from start import balance, start  # noqa: E402
 from trainer import Trainer  # noqa: E402
 
@@ -110,7 +116,7 @@ class PlainQuantizer(VectorQuantizer):
         return plan.argmax(-1)
 
 
-def plain_loop(x: torch.Tensor, epochs: int, warmup_epochs: int, seed: int) -> list[Point]:
+def plain_loop(x: torch.Tensor, epochs: int, warmup_epochs: int, seed: int) -> tuple[list[Point], RQVAE]:
     """The paper's recipe without tricks; measured at the end and at every tenth of the way."""
     torch.manual_seed(seed)
     model = RQVAE(x.shape[1], RQVAEConfig(**PAPER, seed=seed))
@@ -137,11 +143,11 @@ def plain_loop(x: torch.Tensor, epochs: int, warmup_epochs: int, seed: int) -> l
         assert math.isfinite(loss_sum)
         if epoch % max(1, epochs // 10) == 0 or epoch == epochs:
             show("plain", clock.measure(model, epoch))
-    return clock.points
+    return clock.points, model.eval()
 
 
-def fast_preset(path: str, x: torch.Tensor, seed: int, epochs: int | None, folder: str) -> list[Point]:
-    """index/ with `--preset fast`, its start included in the time.
+def fast_preset(path: str, x: torch.Tensor, seed: int, epochs: int | None, folder: str) -> tuple[list[Point], RQVAE]:
+    """index/ with `--preset fast` (or for `epochs`), its start included in the time.
 
     Measured after the start and at tenths of the way, each time as if the run ended there.
     """
@@ -163,7 +169,8 @@ def fast_preset(path: str, x: torch.Tensor, seed: int, epochs: int | None, folde
         trainer.train_epoch(epoch)
         if (epoch + 1) % max(1, args.epochs // 10) == 0 or epoch + 1 == args.epochs:
             show("fast", clock.measure(model, epoch + 1, finish))
-    return clock.points
+    finish(model)
+    return clock.points, model.eval()
 
 
 def show(name: str, point: Point) -> None:
@@ -178,41 +185,96 @@ def show(name: str, point: Point) -> None:
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """Run both and print the ratios."""
+    """Run both, print the ratios, and make the indices of both."""
     x = torch.from_numpy(np.load(args.data_path).astype(np.float32))
-    print(f"{args.data_path}: {len(x)} items × {x.shape[1]}, CPU, {torch.get_num_threads()} threads", flush=True)
-    plain = plain_loop(x, args.epochs, args.warmup_epochs, args.seed)
+    print(
+        f"{args.data_path}: {len(x)} items × {x.shape[1]}, CPU, {torch.get_num_threads()} threads; "
+        "s: wall clock, CPU: processor seconds of the process",
+        flush=True,
+    )
+    plain, plain_model = plain_loop(x, args.epochs, args.warmup_epochs, args.seed)
+    goal = plain[-1]
     with tempfile.TemporaryDirectory() as folder:
-        fast = fast_preset(args.data_path, x, args.seed, None, folder)
-        goal = plain[-1]
-        first = next((point for point in fast if point.reaches(goal)), None)
-        result: dict[str, Any] = {
-            "plain_seconds": goal.seconds,
-            "fast_seconds_to_plain_quality": first.seconds if first else None,
-            "fast_seconds_whole_preset": fast[-1].seconds,
-            "whole_preset_reaches": fast[-1].reaches(goal),
-        }
-        if first:
-            print(
-                f"plain quality after {first.seconds:.1f} s against {goal.seconds:.1f} s: {goal.seconds / first.seconds:.1f}× "
-                f"({goal.cpu_seconds / first.cpu_seconds:.1f}× in processor time)"
-            )
-        print(
-            f"whole preset: {fast[-1].seconds:.1f} s, {goal.seconds / fast[-1].seconds:.1f}× less "
-            f"({goal.cpu_seconds / fast[-1].cpu_seconds:.1f}× in processor time), reconstruction "
-            f"{fast[-1].reconstruction / goal.reconstruction:.2f} of the plain loop's, collision rate "
-            f"{fast[-1].figures['collision_rate']:.4f} against {goal.figures['collision_rate']:.4f}"
-        )
+        fast, fast_model = fast_preset(args.data_path, x, args.seed, None, folder)
+        result = ratios(goal, fast)
         if args.equal_time:
-            per_epoch = (fast[-1].seconds - fast[0].seconds) / fast[-1].epoch
-            epochs = max(1, round((goal.seconds - fast[0].seconds) / per_epoch))
-            last = fast_preset(args.data_path, x, args.seed, epochs, folder)[-1]
+            per_epoch = (fast[-1].cpu_seconds - fast[0].cpu_seconds) / fast[-1].epoch
+            epochs = max(1, round((goal.cpu_seconds - fast[0].cpu_seconds) / per_epoch))
+            last = fast_preset(args.data_path, x, args.seed, epochs, folder)[0][-1]
             result["equal_time"] = {"plain": goal.reconstruction, "fast": last.reconstruction, "epochs": epochs}
             print(
-                f"after equal time ({last.seconds:.0f} s, {epochs} epochs): reconstruction {last.reconstruction:.6f} "
-                f"against {goal.reconstruction:.6f}, {last.reconstruction / goal.reconstruction:.2f} of it"
+                f"after equal time ({last.cpu_seconds:.0f} CPU against {goal.cpu_seconds:.0f}, the preset with --epochs "
+                f"{epochs}): reconstruction {last.reconstruction:.6f} against {goal.reconstruction:.6f}, "
+                f"{last.reconstruction / goal.reconstruction:.2f} of it; collision rate "
+                f"{last.figures['collision_rate']:.4f} against {goal.figures['collision_rate']:.4f}"
             )
+    result["indices"] = indices(args, {f"plain, {args.epochs} epochs": plain_model, "--preset fast": fast_model})
     return result
+
+
+def ratios(goal: Point, fast: list[Point]) -> dict[str, Any]:
+    """How much sooner the preset is as good as the plain loop's end, and what the whole preset costs."""
+    result: dict[str, Any] = {"plain_seconds": goal.seconds, "plain_cpu_seconds": goal.cpu_seconds}
+    wanted: dict[str, Callable[[Point], bool]] = {
+        "reconstruction": lambda point: point.reconstruction <= goal.reconstruction,
+        "collision rate": lambda point: point.figures["collision_rate"] <= goal.figures["collision_rate"],
+        "both": lambda point: point.reaches(goal),
+    }
+    for name, reached in wanted.items():
+        first = next((point for point in fast if reached(point)), None)
+        result[f"fast_cpu_seconds_to_{name.replace(' ', '_')}"] = first.cpu_seconds if first else None
+        words = f"ended after {first.epoch} epochs: {_times(first, goal)}" if first else "not reached"
+        print(f"the plain loop's {name}: {words}")
+    last = fast[-1]
+    result |= {"fast_cpu_seconds_whole_preset": last.cpu_seconds, "whole_preset_reaches": last.reaches(goal)}
+    print(
+        f"whole preset: {_times(last, goal)}; reconstruction {last.reconstruction / goal.reconstruction:.2f} of the plain "
+        f"loop's, collision rate {last.figures['collision_rate']:.4f} against {goal.figures['collision_rate']:.4f}"
+    )
+    return result
+
+
+def _times(point: Point, goal: Point) -> str:
+    return (
+        f"{point.seconds:.1f} s against {goal.seconds:.1f} s, {goal.seconds / point.seconds:.1f}×; "
+        f"{point.cpu_seconds:.1f} CPU against {goal.cpu_seconds:.1f}, {goal.cpu_seconds / point.cpu_seconds:.1f}×"
+    )
+
+
+def indices(args: argparse.Namespace, models: dict[str, RQVAE]) -> dict[str, Any]:
+    """Make the index of each model, and of the methods that train none; print conflicts, error and purity."""
+    embeddings = Embeddings(args.data_path, torch.device("cpu"))
+    beside = Path(args.data_path.split(".emb-")[0] + ".item.json")
+    items = read_items(beside, len(embeddings)) if beside.exists() else []
+    rows: dict[str, Any] = {}
+    for allow in (True, False):
+        options = Options(allow_conflicts=allow)
+        made = {name: index_of(model, embeddings, options) for name, model in models.items()}
+        if not allow:
+            made |= {f"--method {name}": METHODS[name](embeddings, options) for name in ("rqkmeans", "random")}
+        for name, index in made.items():
+            rows[f"{name}{', --allow_conflicts' if allow else ''}"] = _row(index, embeddings, items)
+    for name, row in rows.items():
+        print(f"{name}:\n    {row['conflicts']}, reconstruction {row['reconstruction']}")
+        for kind, purity in row["purity"].items():
+            words = ", ".join(
+                f"{depth['prefix_levels']}: {depth['share']:.1%} ({depth['chance']:.2%})" for depth in purity
+            )
+            print(f"    {kind} under the same first n codes (by chance): {words}")
+    return rows
+
+
+def _row(index: Index, embeddings: Embeddings, items: list[dict[str, Any]]) -> dict[str, Any]:
+    codes, resolution = index.resolution.codes, index.resolution
+    left = sum(len(group) - 1 for group in collision_groups(codes))
+    purity = {"10 nearest neighbours": neighbour_purity(codes, embeddings)}
+    purity |= {f"same {field}": label_purity(codes, labels_of(items, field)) for field in LABEL_FIELDS if items}
+    return {
+        "conflicts": f"colliding items at first and after the rounds {resolution.colliding[0]}, {resolution.colliding[-1]}; "
+        f"conflicts (items - indices) in the end {left}",
+        "reconstruction": index.reconstruction_mse and round(index.reconstruction_mse, 6),
+        "purity": {kind: depths for kind, depths in purity.items() if depths},
+    }
 
 
 def clustered_rows(path: Path, items: int, dim: int, seed: int = 0) -> None:
@@ -295,6 +357,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     add("--seed", type=int, default=2024, help="of both (2024)")
     equal = "also train the preset for as long as the plain loop took (yes)"
     add("--equal_time", action=argparse.BooleanOptionalAction, default=True, help=equal)
+    add("--threads", type=int, help="processor threads (PyTorch's choice)")
     add("--items", type=int, help="measure scale instead: so many random clustered items")
     add("--dim", type=int, default=768, help="with --items: width (768)")
     add("--scale_epochs", type=int, default=2, help="with --items: epochs (2)")
@@ -304,6 +367,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     if not args.items and not args.data_path:
         parser.error("give --data_path, or --items for scale")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+        os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the processes that --items starts
     run: Callable[[argparse.Namespace], dict[str, Any]] = scale if args.items else compare
     return run(args)
 

@@ -92,11 +92,8 @@ def _mean_squared_error(
     return total / (len(embeddings) * embeddings.dim)
 
 
-def rqvae(embeddings: Embeddings, options: Options) -> Index:
-    """The index of a trained RQ-VAE (`options.ckpt_path`)."""
-    if not options.ckpt_path:
-        raise UserError("--ckpt_path: --method rqvae needs the checkpoint or folder that index/main.py wrote")
-    model, content = load_model(options.ckpt_path, embeddings.device)
+def index_of(model: RQVAE, embeddings: Embeddings, options: Options) -> Index:
+    """The index of a trained RQ-VAE at hand (in evaluation mode, on the embeddings' device)."""
     codebooks = [level.embedding.weight.detach() for level in model.rq.vq_layers]
     last = model.rq.vq_layers[-1]
     resolution = resolve(
@@ -108,9 +105,18 @@ def rqvae(embeddings: Embeddings, options: Options) -> Index:
         allow_conflicts=options.allow_conflicts,
     )
     error = _mean_squared_error(embeddings, resolution.codes, codebooks, model.decoder, options.batch_size)
-    source = {"checkpoint": str(content["path"]), "epoch": content["epoch"]}
-    source["preset"] = getattr(content["args"], "preset", None)
-    return Index([len(book) for book in codebooks], resolution, error, source)
+    return Index([len(book) for book in codebooks], resolution, error)
+
+
+def rqvae(embeddings: Embeddings, options: Options) -> Index:
+    """The index of a trained RQ-VAE (`options.ckpt_path`)."""
+    if not options.ckpt_path:
+        raise UserError("--ckpt_path: --method rqvae needs the checkpoint or folder that index/main.py wrote")
+    model, content = load_model(options.ckpt_path, embeddings.device)
+    index = index_of(model, embeddings, options)
+    index.source = {"checkpoint": str(content["path"]), "epoch": content["epoch"]}
+    index.source["preset"] = getattr(content["args"], "preset", None)
+    return index
 
 
 def rqkmeans(embeddings: Embeddings, options: Options) -> Index:
