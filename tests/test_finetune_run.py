@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-ZERO3 = ("--bf16", "--packing", "--learning_rate", "3e-2")
+ZERO3 = ("--bf16", "--packing", "--learning_rate", "3e-2", "--eval_ranking", "24")
 
 
 def command(folder: Path, *flags: str, processes: int = 1, out: str = "out") -> list[str]:
@@ -103,6 +103,17 @@ def loss_of(model: torch.nn.Module, tokenizer: object, folder: Path) -> float:
     return total / count
 
 
+def ranking_of(model: torch.nn.Module, tokenizer: object, folder: Path) -> dict[str, float]:
+    """HR and NDCG of all validation users."""
+    from data import HistoryFormat, ValidSet, load_data
+    from prompt import load_prompts
+    from training import Ranking
+
+    data = load_data(str(folder / "data"), "Toy", ".index.json")
+    valid = ValidSet(data, load_prompts(None), HistoryFormat(), 42, prompt_num=1)
+    return Ranking(valid, tokenizer, 24, 4, 42)(model.eval())
+
+
 @pytest.fixture(scope="module")
 def zero3(world) -> str:
     """What a run under ZeRO-3 with two processes, in `world/out`, said."""
@@ -125,6 +136,14 @@ def test_two_processes_with_zero3_from_finetune_to_a_plain_model(world, zero3):
     assert loss_of(model, tokenizer, world) == pytest.approx(min(scores.values()), abs=0.03)
     assert abs(scores[min(scores)] - scores[max(scores)]) > 0.06, "the test needs two different evaluations"
 
+    # and one process ranks the users as the two together did
+    figures = ranking_of(model.to(torch.bfloat16), tokenizer, world)
+    last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    state = json.loads((last / "trainer_state.json").read_text())
+    logged = [row for row in state["log_history"] if row.get("eval_loss") == min(scores.values())]
+    for name in ("hit@10", "ndcg@10"):
+        assert logged[0][f"eval_{name}"] == pytest.approx(figures[name], abs=0.05) and figures[name] > 0
+
     # the rows of the item tokens moved
     from modeling import add_item_tokens, grow_vocabulary, load_model, load_tokenizer
 
@@ -140,6 +159,20 @@ def test_two_processes_with_zero3_from_finetune_to_a_plain_model(world, zero3):
     log = (folder / "train.log").read_text()
     assert "tokens/s" in log and "loss_itemsearch" in log and "eval_loss" in log
     assert not list(folder.glob(".*")) and not (folder / "base_with_item_tokens").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_without_deepspeed_have_the_losses_of_one(world):
+    flags = ["--deepspeed", "none", "--epochs", "1"]
+    inside(command(world, *flags, out="one"))
+    run(command(world, *flags, "--per_device_batch_size", "2", processes=2, out="ddp"))
+    one, two = (losses(world / out / "checkpoint-8") for out in ("one", "ddp"))
+    assert [step for step, _ in one] == [step for step, _ in two] == list(range(1, 9))
+    assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-4)
+    assert one[-1][1] < one[0][1]
+    tuned = [load_file(world / out / "model.safetensors") for out in ("one", "ddp")]
+    for key in tuned[0]:
+        torch.testing.assert_close(tuned[0][key], tuned[1][key], atol=1e-4, rtol=1e-2)
 
 
 @pytest.mark.slow
@@ -214,16 +247,83 @@ def test_every_bf16_configuration_trains_on_two_nodes(world, name):
     AutoModelForCausalLM.from_pretrained(world / name)
 
 
+def process_of_rank(number: int, parent: int) -> int:
+    """The process id of torchrun's worker with that global rank."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            settings = (path / "environ").read_bytes().split(b"\0")
+            father = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:  # gone meanwhile, or another user's
+            continue
+        if father == parent and f"RANK={number}".encode() in settings:
+            return int(path.name)
+    raise AssertionError(f"torchrun has no worker of rank {number}")
+
+
 @pytest.mark.slow
-def test_a_zero3_run_resumes_with_the_same_losses(world, zero3):
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds a rank's process in /proc")
+def test_one_rank_killed_under_zero3_then_resumed_equals_the_run_without_interruption(world, zero3):
     whole, cut = world / "out", world / "zero-cut"
-    cut.mkdir()
-    shutil.copy(whole / "run.json", cut)
-    shutil.copytree(whole / "checkpoint-4", cut / "checkpoint-4")
-    run(command(world, *ZERO3, "--resume_from_checkpoint", "auto", processes=2, out="zero-cut"))
+    args = command(world, *ZERO3, "--resume_from_checkpoint", "auto", processes=2, out="zero-cut")
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with open(world / "zero-cut.log", "w") as output:
+        agent = subprocess.Popen(args, env=env, cwd=ROOT, stdout=output, stderr=output)
+        deadline = time.monotonic() + 120
+        log = cut / "train.log"
+        while time.monotonic() < deadline and not (log.is_file() and "step 5/8" in log.read_text()):
+            time.sleep(0.02)
+        os.kill(process_of_rank(1, agent.pid), signal.SIGKILL)
+        assert agent.wait(timeout=120) != 0, "torchrun ends the other rank too"
+    assert not (cut / "config.json").exists(), "it was killed too late"
+    text = run(args)
+    assert f"resuming from {cut / 'checkpoint-4'}" in text
     assert losses(cut / "checkpoint-8") == losses(whole / "checkpoint-8")
+    assert evaluations(cut / "checkpoint-8") == evaluations(whole / "checkpoint-8")
     one, other = (load_file(folder / "model.safetensors") for folder in (whole, cut))
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 3 MB: enough for a few of the toy's checkpoints."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(path)]
+    if sys.platform != "linux" or os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)  # weights of it may still be mapped
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_the_run_and_destroys_nothing(world, small_disk, monkeypatch):
+    import training
+
+    flags = ["--deepspeed", "none", "--output_dir", str(small_disk), "--resume_from_checkpoint", "auto"]
+    check, filler = training.check_space, small_disk / "filler"
+
+    def fill(folder: Path, needed: int, what: str) -> None:
+        """The disk fills up before the second checkpoint."""
+        if what.startswith("checkpoint-16"):
+            filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - needed // 4))
+
+    def fill_and_check(*args: object) -> None:
+        fill(*args)
+        check(*args)
+
+    cases = {"the disk is too full: checkpoint-16 needs": fill_and_check, "the disk is full; the checkpoint was": fill}
+    for message, looks in cases.items():
+        monkeypatch.setattr(training, "check_space", looks)
+        with pytest.raises(UserError, match=message):
+            inside(command(world, *flags))
+        assert [path.name for path in training.checkpoints(small_disk)] == ["checkpoint-8"]
+        assert not list(small_disk.glob(".checkpoint*"))
+        load_file(small_disk / "checkpoint-8" / "model.safetensors")
+        filler.unlink()
+    monkeypatch.setattr(training, "check_space", check)
+    inside(command(world, *flags))
+    steps = [step for step, _ in losses(small_disk / "checkpoint-16")]
+    assert steps == list(range(1, 17)) and (small_disk / "model.safetensors").is_file()
 
 
 def merged_by_hand(world: Path, adapter: Path) -> torch.nn.Module:
