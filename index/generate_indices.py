@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from common import UserError, atomic_path, pick_device, run_main, say, write_jso
 from embeddings import Embeddings
 from extension import extend, read_index
 from figures import describe, index_figures
-from index_report import LABEL_FIELDS, draw, examples, labels_of, read_items
+from index_report import LABEL_FIELDS, draw, examples, groups_of, labels_of, read_items
 from methods import METHODS, Index, Options
 from purity import label_purity, neighbour_purity
 
@@ -120,17 +121,20 @@ def make(args: argparse.Namespace, embeddings: Embeddings) -> Index:
 
 
 def report_of(args: argparse.Namespace, index: Index, embeddings: Embeddings) -> dict[str, Any]:
-    """The content of the report file; draws the picture beside it."""
+    """The content of the report file."""
     codes = index.resolution.codes
     report = {"method": "extend" if args.extend else args.method, **index.source, "data_path": str(embeddings.path)}
     report |= index_figures(codes, index.sizes) | conflict_figures(index.resolution)
     report["reconstruction_mse"] = index.reconstruction_mse
+    report["first_level_sizes"] = {f"<a_{code}>": size for code, size in Counter(codes[:, 0].tolist()).most_common()}
     purity = {"10 nearest neighbours": neighbour_purity(codes, embeddings)}
-    titles = item_file(args)
-    if titles:
-        items = read_items(titles, len(codes))
+    beside, titles = item_file(args), None
+    if beside:
+        items = read_items(beside, len(codes))
+        titles = [str(item.get("title") or "") for item in items]
         purity |= {field: label_purity(codes, labels_of(items, field)) for field in LABEL_FIELDS}
-        report["examples"] = examples(codes, [str(item.get("title") or "") for item in items])
+        report["examples"] = examples(codes, titles)
+    report["largest_groups"] = groups_of(codes, titles)
     report["purity"] = {name: rows for name, rows in purity.items() if rows}
     return report
 
@@ -151,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     report_file, picture = (args.output_file.with_name(f"{stem}.report.{kind}") for kind in ("json", "png"))
     write_index(args.output_file, index.resolution.codes)
     write_json(report_file, report, indent=2)
-    draw(picture, index.resolution.codes, index.sizes, report["purity"])
+    draw(picture, index.resolution.codes, report)
     say(describe(report))
     moved = report["moved_on_last_level"], report["moved_to_other_prefix"]
     say(

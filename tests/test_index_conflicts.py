@@ -3,6 +3,7 @@
 import itertools
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from collisions import FreeIndices, assign_free, exact_assignment, nearest_codes
 from common import UserError  # noqa: E402
 from extension import read_index  # noqa: E402
 from figures import collision_groups, collision_rate, index_figures, index_keys  # noqa: E402
+from index_report import draw, examples  # noqa: E402
 
 
 def catalogue(
@@ -253,6 +255,11 @@ def test_no_conflicts_by_default_the_originals_on_request(run: Path) -> None:
     kept, report = generate(run, "--ckpt_path", str(run / "ckpt"), "--allow_conflicts", name="D.kept.json")
     assert len({tuple(kept[str(i)]) for i in (10, 20, 30, 40, 50)}) == 1
     assert report["collision_rate"] > 0 and report["largest_group"] >= 5
+    groups = report["largest_groups"]
+    assert [group["size"] for group in groups] == sorted((group["size"] for group in groups), reverse=True)
+    (group,) = [group for group in groups if group["index"] == kept["10"]]
+    assert group["items"][0] <= 10 and group["size"] >= 5 and groups[0]["size"] == report["largest_group"]
+    assert group["titles"] == [f"thing {item % 9}-{item}" for item in group["items"]]
 
 
 def test_report_shows_meaning(run: Path) -> None:
@@ -263,11 +270,25 @@ def test_report_shows_meaning(run: Path) -> None:
     assert purity["share"] > purity["chance"]
     assert report["purity"]["10 nearest neighbours"][0]["lift"] > 1
     assert len(report["levels"]) == 3 and report["reconstruction_mse"] > 0
+    index = json.loads((run / "D.index.json").read_text())
+    assert report["first_level_sizes"] == Counter(tokens[0] for tokens in index.values())
+    for second in first["under"]:
+        for title in second["titles"]:
+            assert index[title.split("-")[1]][:2] == [first["token"], second["token"]]
     _, random_report = generate(run, "--method", "random", "--data_path", str(run / "D.emb-x-td.npy"), name="D.r.json")
     assert (
         random_report["purity"]["10 nearest neighbours"][0]["lift"]
         < report["purity"]["10 nearest neighbours"][0]["lift"]
     )
+
+
+def test_any_title_can_be_drawn(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """Dollar signs are no formulas, and scripts that the font lacks no reason to warn."""
+    titles = ["costs $5 or $6_{", "漢字 " * 40, ""]
+    codes = np.array([[0, 0], [0, 1], [1, 0]])
+    report = index_figures(codes, [2, 2]) | {"purity": {}, "examples": examples(codes, titles)}
+    draw(tmp_path / "x.png", codes, report)
+    assert (tmp_path / "x.png").stat().st_size > 10_000 and not len(recwarn)
 
 
 @pytest.mark.parametrize("method", ["rqkmeans", "random", "flat"])

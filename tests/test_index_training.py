@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,10 @@ INDEX = Path(__file__).resolve().parents[1] / "index"
 sys.path.append(str(INDEX))
 
 import checkpoints  # noqa: E402
+import generate_indices  # noqa: E402
 import main as index_main  # noqa: E402
 from common import Interrupted, UserError  # noqa: E402
+from extension import read_index  # noqa: E402
 from models.quantiser import VectorQuantizer  # noqa: E402
 from models.rqvae import RQVAE, RQVAEConfig  # noqa: E402
 from trainer import Trainer, learning_rate_factor  # noqa: E402
@@ -157,6 +160,13 @@ def test_schedule(kind: str) -> None:
     assert factors == [0, 0.5, 1, *((1, 1) if kind == "constant" else (0.5, 0))]
 
 
+def test_training_reports_how_even_the_hard_assignments_are(embeddings: Path, capsys: pytest.CaptureFixture) -> None:
+    train(embeddings)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch 6/6")]
+    found = re.search(r"Sinkhorn on level 3: (\d+) of 8 codes, entropy ([\d.]+) bits, largest ([\d.]+) × even", line)
+    assert 1 <= int(found[1]) <= 8 and 0 <= float(found[2]) <= 3 and 1 <= float(found[3]) <= 8
+
+
 def test_loss_goes_down_and_files_are_kept(embeddings: Path) -> None:
     folder = train(embeddings, "--epochs", "60", "--eval_step", "5", "--save_limit", "2", "--lr", "3e-3")
     names = {path.name for path in folder.iterdir()}
@@ -248,6 +258,24 @@ def test_an_original_checkpoint_goes_on_without_a_second_start(
     monkeypatch.setattr(Trainer, "train_epoch", watch)
     index_main.main(["--resume", str(path), "--device", "cpu"])
     assert seen == [(2, 1e-3, 6), (3, 1e-3, 9), (4, 1e-3, 12)]
+
+
+def test_an_original_checkpoint_generates_indices(embeddings: Path) -> None:
+    """Before any round the codes are the nearest by a plain implementation; in the end no two items share an index."""
+    path = embeddings.parent / "best_collision_model.pth"
+    weights = original_checkpoint(path)["state_dict"]
+    residual = mlp(torch.from_numpy(np.load(embeddings)), weights, "encoder")
+    wanted = []
+    for level in range(3):
+        codes = weights[f"rq.vq_layers.{level}.embedding.weight"]
+        wanted.append(assign(residual, codes, 0))
+        residual = residual - codes[wanted[-1]]
+    flags = ["--ckpt_path", str(path), "--device", "cpu", "--overwrite", "--output_file"]
+    nearest, final = embeddings.parent / "nearest.json", embeddings.parent / "D.index.json"
+    generate_indices.main([*flags, str(nearest), "--max_rounds", "0", "--allow_conflicts"])
+    assert np.array_equal(read_index(nearest), torch.stack(wanted, 1).numpy())
+    generate_indices.main([*flags, str(final)])
+    assert len(np.unique(read_index(final), axis=0)) == 120 > len(np.unique(read_index(nearest), axis=0))
 
 
 class Foreign:
