@@ -360,7 +360,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     add("--threads", type=int, help="processor threads (PyTorch's choice)")
     add("--items", type=int, help="measure scale instead: so many random clustered items")
     add("--dim", type=int, default=768, help="with --items: width (768)")
-    add("--scale_epochs", type=int, default=2, help="with --items: epochs (2)")
+    add("--scale_epochs", type=int, default=3, help="with --items: epochs (3)")
     add("--scale_batch", type=int, default=4096, help="with --items: batch (4096)")
     add("--layers", type=int, nargs="+", default=[256, 128, 64], help="with --items: hidden widths (256 128 64)")
     add("--folder", help="with --items: where the temporary files go, 4 GB for a million items (the system's)")
