@@ -17,6 +17,7 @@ from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from arguments import comma_list
 from collator import adds_bos
+from convert.hub import local_or_hub
 from data import RecData
 from utils import UserError, is_main, local_rank, say
 
@@ -142,6 +143,7 @@ def prepare_base(
     Args:
         packing: make sure that the model keeps packed samples apart (`packing.check_packing`).
     """
+    base_model = local_or_hub(base_model, "--base_model")
     tokenizer = load_tokenizer(base_model, model_max_length)
     model = load_model(base_model)
     new_ids = add_item_tokens(tokenizer, tokens)
@@ -274,9 +276,9 @@ def load_for_test(
     """
     device = torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    like_hub_id = ckpt_path.count("/") == 1 and ckpt_path[0] not in "./~"
-    if not Path(ckpt_path).is_dir() and not like_hub_id:
+    if "/" not in ckpt_path and not Path(ckpt_path).is_dir():  # what is fine-tuned has an owner on the hub
         raise UserError(f"{ckpt_path}: no such folder (--ckpt_path)")
+    ckpt_path = local_or_hub(ckpt_path, "--ckpt_path")
     if Path(ckpt_path).is_dir() and not any(Path(ckpt_path).glob("*config.json")):
         raise UserError(f"{ckpt_path}: holds no model (no config.json)")
     if (
@@ -293,7 +295,7 @@ def load_for_test(
 
     if not (Path(ckpt_path) / "adapter_config.json").is_file():
         raise UserError(f"{ckpt_path}: holds no LoRA adapter (no adapter_config.json); leave --lora out")
-    model = load_model(base_model, dtype)
+    model = load_model(local_or_hub(base_model, "--base_model"), dtype)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     try:

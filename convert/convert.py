@@ -32,10 +32,10 @@ from convert.folder import (  # noqa: E402
     find_model,
     load_config,
     new_folder,
-    reason,
     skeleton,
     write_settings,
 )
+from convert.hub import reason  # noqa: E402
 from convert.scan import check_checkpoint, is_plain_name  # noqa: E402
 from convert.weights import DTYPES, Weights, all_finite, is_old_buffer, parse_size, row_blocks, write_weights  # noqa: E402
 from utils import UserError, run_main, versions, write_json  # noqa: E402

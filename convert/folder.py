@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from convert.hub import local_or_hub, reason
 from convert.weights import Weights, inside
 from utils import UserError, read_json
 
@@ -69,17 +70,11 @@ def find_model(name: str | Path) -> ModelFolder:
     Raises:
         UserError: no such folder, or the hub does not have it or cannot be reached.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        real = path.resolve()
-        cache = next((up for up in real.parents if up.name.startswith("models--") and "snapshots" in real.parts), None)
-        return ModelFolder(path, cache or real)
-    if path.is_file():
-        raise UserError(f"{path}: a file; give the model's folder")
-    text = str(name).rstrip("/")
-    if text.startswith((".", "/", "~")) or text.count("/") > 1 or str(name).endswith("/"):
-        raise UserError(f"{name}: no such folder")
-    return find_model(download(text))
+    found = local_or_hub(str(name))
+    path = Path(found) if Path(found).is_dir() else Path(download(found))
+    real = path.resolve()
+    cache = next((up for up in real.parents if up.name.startswith("models--") and "snapshots" in real.parts), None)
+    return ModelFolder(path, cache or real)
 
 
 def download(repo_id: str) -> str:
@@ -93,12 +88,7 @@ def download(repo_id: str) -> str:
         patterns = [*HUB_PATTERNS, weights]
         return snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*", "train*"])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"{repo_id}: no such folder here, and the hub did not give it ({reason(error)})") from None
-
-
-def reason(error: BaseException) -> str:
-    """The first line of an error's text, or its class where there is none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{repo_id}: the hub did not give it ({reason(error)})") from None
 
 
 # ---- settings ----

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import contextlib
 import gc
 import sys
 from collections.abc import Iterator
@@ -73,9 +72,8 @@ def make_delta(
     """Write target − base to the folder `delta`; the report, as in `delta_report.json`."""
     b, t = base.weights(), target.weights()
     inexact: dict[str, int] = {}
-    with InputHashes(base=b, target=t) as inputs, contextlib.ExitStack() as stack:
+    with new_folder(delta, overwrite) as partial, InputHashes(base=b, target=t) as inputs:
         plan = plan_merge(base, target, b, t, dtype)  # hashing has begun: the imports for this take their time
-        partial = stack.enter_context(new_folder(delta, overwrite))
         copy_files(target, partial, (*TOKENIZER_FILES, "generation_config.json", "run.json"))
         bar = tqdm(plan.shapes, unit="tensor", disable=None)
         names = iter(bar)

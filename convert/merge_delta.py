@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import contextlib
 import gc
 import itertools
 import sys
@@ -200,14 +199,13 @@ def merge(
 ) -> dict[str, Any]:
     """Write base + delta to the folder `target`; the report, as in `merge_report.json`."""
     b, d = base.weights(), delta.weights()
-    with InputHashes(base=b, delta=d) as inputs, contextlib.ExitStack() as stack:
+    with new_folder(target, overwrite) as partial, InputHashes(base=b, delta=d) as inputs:
         plan = plan_merge(base, delta, b, d, dtype)  # hashing has begun: the imports for this take their time
         if not any_base:
             check_related(plan, b, d)
         rows = plan.config.vocab_size
         tokens = check_item_tokens(delta, base, rows, b.entries[plan.embedding].shape[0])
         written = {name: (shape, dtype) for name, shape in plan.shapes.items() if name not in plan.ties}
-        partial = stack.enter_context(new_folder(target, overwrite))
         copy_files(delta, partial, ("generation_config.json", "run.json"))
         plan.notes.append(save_tokenizer(delta, partial) or "tokenizer copied")
         bar = tqdm(written, unit="tensor", disable=None)

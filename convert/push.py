@@ -19,7 +19,8 @@ from typing import Any
 if not __package__:  # run as a script: the root instead of this folder, whose names would shadow others
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from convert.folder import LOADERS, SETTINGS, TOKENIZER_FILES, reason  # noqa: E402
+from convert.folder import LOADERS, SETTINGS, TOKENIZER_FILES  # noqa: E402
+from convert.hub import reason  # noqa: E402
 from utils import UserError, atomic_path, read_json, run_main, say, sha256  # noqa: E402
 
 MARK = "<!-- written by convert/push.py; edit freely and remove this line to keep your text -->"

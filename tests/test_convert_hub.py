@@ -8,6 +8,7 @@ import hashlib
 import json
 import shlex
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from transformers import AutoModelForCausalLM
 from arguments import add_data, add_global, add_test, add_train, make_parser
 from convert import push
 from convert.folder import find_model
+from convert.hub import local_or_hub
+from modeling import load_for_test, prepare_base
 from utils import UserError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -129,7 +132,9 @@ def test_the_hub_says_no(tmp_path, hub):
     words = ["--base-model-path", "meta/missing", "--delta-path", tmp_path / "delta"]
     result = with_hub(hub, tmp_path, "convert/merge_delta.py", *words, "--target-model-path", tmp_path / "target")
     assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].startswith("error: meta/missing: no such folder here, and the hub did not")
+    assert result.stderr.splitlines()[-1].startswith(
+        "error: meta/missing: no such folder, and the hub has no such model"
+    )
     words = ["--model-path", tmp_path / "base", "--repo-id", "me/x", "--keep-card"]
     result = with_hub(hub, tmp_path, "convert/push.py", *words, token="hf_wrong")
     assert result.returncode == 2
@@ -154,6 +159,69 @@ def test_hub_cache_links_are_followed_but_not_further(tmp_path):
     (snapshot / "model.safetensors").symlink_to(tmp_path / "outside.safetensors")
     with pytest.raises(UserError, match="leads out of the folder"):
         found.weights()
+
+
+# ---- folder or hub id? ----
+
+
+@pytest.fixture
+def reach(monkeypatch, tmp_path):
+    """Make this process know one hub only (default: a port where nobody answers), and an empty cache."""
+    import huggingface_hub.constants as constants
+
+    def connect(port: int = 9) -> None:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+    connect()
+    return connect
+
+
+@pytest.mark.parametrize("name", ["./no", "/no/such", "~/no-such-folder", "llama-7b/", "a/b/c", "models/llma"])
+def test_a_mistyped_path_is_not_asked_for_at_the_hub(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/llama").mkdir(parents=True)
+    monkeypatch.setattr("convert.hub._ask", None)  # calling it would be a TypeError
+    with pytest.raises(UserError, match=f"^{name}: no such folder \\(--base_model\\)$"):
+        prepare_base(name, tmp_path / "new", [], 0)
+    with pytest.raises(UserError, match=f"^{name}: no such folder$"):
+        find_model(name)
+
+
+def test_without_a_network_one_line_at_once(tmp_path, reach):
+    start = time.monotonic()
+    for load in (
+        lambda: prepare_base("meta/tiny", tmp_path / "new", [], 0),
+        lambda: load_for_test("meta/tiny"),
+        lambda: find_model("meta/tiny"),
+    ):
+        with pytest.raises(UserError, match="^meta/tiny: no such folder.*, the hub cannot be reached .*no such model$"):
+            load()
+    assert time.monotonic() - start < 10  # transformers alone tries six times, for half a minute
+
+
+def test_without_a_network_the_cache_serves(tmp_path, reach):
+    model = delta_parts(tmp_path)[0]
+    snapshot = tmp_path / "cache/models--meta--tiny/snapshots" / COMMIT
+    snapshot.parent.mkdir(parents=True)
+    (tmp_path / "base").rename(snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text(COMMIT)
+    prepare_base("meta/tiny", tmp_path / "new", ["<a_0>"], 0)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    assert loaded.config.vocab_size == model.config.vocab_size + 1
+    assert find_model("meta/tiny").path == snapshot
+
+
+def test_the_hub_is_asked_once(tmp_path, hub, reach):
+    reach(hub.server_address[1])
+    hub.repos = {"meta/tiny": tmp_path}
+    assert local_or_hub("meta/tiny") == "meta/tiny"
+    with pytest.raises(UserError, match=r"^meta/tinny: no such folder \(--base_model\), and the hub has no such model"):
+        prepare_base("meta/tinny", tmp_path / "new", [], 0)
+    with pytest.raises(UserError, match="no hub id either"):
+        local_or_hub("my model")
 
 
 # ---- the model card ----
