@@ -202,6 +202,20 @@ def test_a_stopped_run_resumes_to_the_same_weights(embeddings: Path, monkeypatch
     assert resumed["best_loss"] == whole["best_loss"]
 
 
+@pytest.mark.parametrize("flags", [[], ["--preset", "fast", "--batch_size", "50", "--eval_step", "2", "--epochs", "6"]])
+def test_a_killed_run_goes_on_from_its_last_evaluation(embeddings: Path, flags: list[str]) -> None:
+    whole = train(embeddings, "--dropout_prob", "0.1", *flags)
+    killed = embeddings.parent / "killed"
+    killed.mkdir()
+    (kept,) = whole.glob("epoch_3_*")
+    (killed / kept.name).write_bytes(kept.read_bytes())
+    torch.manual_seed(99)
+    assert index_main.main(["--resume", str(killed), "--device", "cpu"]) == killed
+    wanted, found = state_of(whole), state_of(killed)
+    assert all(torch.equal(found["state_dict"][name], value) for name, value in wanted["state_dict"].items())
+    assert found["best_loss"] == wanted["best_loss"]
+
+
 def original_checkpoint(path: Path, *, extra: object = None) -> dict:
     """A checkpoint as the original writes it: its flags, no `resume` part; weights by plain torch."""
     torch.manual_seed(5)
