@@ -64,6 +64,7 @@ FREE_ON_RESUME = {
     ),
     *("logging_step", "report_to", "save_total_limit", "gradient_checkpointing", "eval_task_samples"),
 }
+OWN_TENSORBOARD_DIR = "TENSORBOARD_LOGGING_DIR" in os.environ  # else each run of this process gets its own below
 PREPARED = "base_with_item_tokens"  # folder in output_dir, removed at the end
 
 
@@ -241,7 +242,8 @@ def training_arguments(args: argparse.Namespace) -> Any:
     """transformers' TrainingArguments for our flags. Activates DeepSpeed: what is loaded after it may be partitioned."""
     from transformers import TrainingArguments
 
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(Path(args.output_dir) / "runs"))
+    if not OWN_TENSORBOARD_DIR:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(args.output_dir) / "runs")
     training = TrainingArguments(
         output_dir=args.output_dir,
         seed=args.seed,
@@ -416,17 +418,18 @@ def find_resume(args: argparse.Namespace, folder: Path) -> tuple[Path | None, Pa
 def save_final(trainer: Any, tokenizer: Any, folder: Path, lora: bool) -> None:
     """Consolidate the trained weights into `folder` itself, whatever the DeepSpeed configuration gathers."""
     from modeling import full_state, save_model
-    from training import barrier
+    from training import barrier, disk_full_is_said
 
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     state = full_state(model)
     if is_main():
         temporary, mode = folder / ".final", (folder / "run.json").stat().st_mode
-        if lora:
-            model.save_pretrained(temporary, state_dict=state, save_embedding_layers=False)
-            tokenizer.save_pretrained(temporary)
-        else:
-            save_model(model, tokenizer, temporary, state)
+        with disk_full_is_said(temporary, "the final model"):
+            if lora:
+                model.save_pretrained(temporary, state_dict=state, save_embedding_layers=False)
+                tokenizer.save_pretrained(temporary)
+            else:
+                save_model(model, tokenizer, temporary, state)
         for path in sorted(temporary.iterdir(), key=lambda path: path.name.endswith("config.json")):
             path.chmod(mode)  # safetensors makes its files private
             path.replace(folder / path.name)  # the configurations last: without them nothing loads
@@ -462,7 +465,7 @@ def prepare(args: argparse.Namespace, trainer_of: Callable[[Run], Any] | None = 
     """
     quiet()
     from modeling import parameter_report, prepare_base
-    from training import barrier
+    from training import barrier, disk_full_is_said
 
     start_processes(args)
     set_seed(args.seed)
@@ -478,9 +481,10 @@ def prepare(args: argparse.Namespace, trainer_of: Callable[[Run], Any] | None = 
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
         clear_partial(folder)
-        prepare_base(
-            args.base_model, folder / PREPARED, data.item_tokens, args.seed, args.model_max_length, args.packing
-        )
+        with disk_full_is_said(folder / PREPARED, "the base model with the item tokens"):
+            prepare_base(
+                args.base_model, folder / PREPARED, data.item_tokens, args.seed, args.model_max_length, args.packing
+            )
         if args.overwrite_output_dir and not args.resume_from_checkpoint:
             remove_run(folder)
         if checkpoint is None or not (folder / "run.json").is_file():

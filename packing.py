@@ -123,6 +123,9 @@ class LabelledHead:
 def check_packing(model: PreTrainedModel) -> None:
     """Make sure that packed samples have the very logits they have alone.
 
+    The measure is how much else logits would change: by reading the same three samples as one text. In 16 bits two ways to
+    compute the same thing differ by a few percent of that.
+
     Raises:
         UserError: the architecture does not hand the samples' lengths to its attention, or mixes tokens elsewhere.
     """
@@ -132,13 +135,16 @@ def check_packing(model: PreTrainedModel) -> None:
     rows = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (3, 7, 5)]
     batch = pack(rows, rows)
     batch.pop("labels")
+    exact = model.dtype == torch.float32
     model.eval()
     try:
         with torch.no_grad():
             alone = torch.cat([model(torch.tensor([row]), use_cache=False).logits for row in rows], dim=1).float()
+            mixed = model(batch["input_ids"], use_cache=False).logits.float()
             model.set_attn_implementation(PACKED)
             packed = model(**batch, use_cache=False).logits.float()
-        same = torch.allclose(alone, packed, atol=2e-2 if model.dtype != torch.float32 else 1e-3, rtol=1e-2)
+        same = torch.allclose(alone, packed, atol=1e-3 if exact else 2e-2, rtol=1e-2)
+        same = same or bool((packed - alone).norm() < (1e-3 if exact else 0.2) * (mixed - alone).norm())
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError):
         same = False
     finally:

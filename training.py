@@ -328,8 +328,8 @@ def check_space(folder: Path, needed: int, what: str) -> None:
 
 
 @contextmanager
-def disk_full_is_said(folder: Path) -> Any:
-    """Turn a write that failed for want of space into one line; what was half written goes, older files stay."""
+def disk_full_is_said(folder: Path, what: str = "the checkpoint") -> Any:
+    """Turn a write of `what` to `folder` that failed for want of space into one line; the half written goes, older files stay."""
     try:
         yield
     except Exception as error:  # OSError, torch's RuntimeError, or safetensors' own, which is neither
@@ -338,6 +338,6 @@ def disk_full_is_said(folder: Path) -> Any:
         if not full:
             raise
         raise UserError(
-            f"{folder.parent}: the disk is full; the checkpoint was not written, older ones are untouched. "
+            f"{folder.parent}: the disk is full; {what} was not written, what was there before is untouched. "
             "Make room and go on with --resume_from_checkpoint auto"
         ) from error

@@ -11,7 +11,7 @@ import finetune
 from utils import UserError
 
 CONFIG = Path(__file__).resolve().parent.parent / "config"
-NAMES = sorted(path.name for path in CONFIG.glob("*.json"))
+NAMES = sorted(path.name for path in CONFIG.glob("ds_*.json"))
 
 
 def filled(name: str) -> dict:
@@ -133,7 +133,7 @@ def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
     folder.mkdir()
     older = tmp_path / "checkpoint-4"
     older.mkdir()
-    with pytest.raises(UserError, match="older ones are untouched"), training.disk_full_is_said(folder):
+    with pytest.raises(UserError, match="what was there before is untouched"), training.disk_full_is_said(folder):
         raise OSError(28, "No space left on device")
     assert older.is_dir() and not folder.exists()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import ARCHITECTURES, make_model, write_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -121,6 +122,34 @@ def test_losses_are_those_of_a_plain_trainer_on_a_collation_by_hand(tmp_path, on
     assert one[-1]["loss"] < one[0]["loss"]
 
 
+@pytest.mark.slow
+def test_a_pretrained_model_from_gguf_goes_on_from_what_it_knows(tmp_path):
+    """SmolLM2-135M, dequantised: tied embeddings, no BOS, real weights."""
+    from data_process import base_model
+
+    base_model.main(["smollm2", "--target", str(tmp_path / "base")])
+    write_dataset(tmp_path / "data")
+    more = ["--tasks", "index2item", "--train_prompt_sample_num", "1", "--train_data_sample_num", "9", "--packing"]
+    more += ["--only_train_response", "--learning_rate", "1e-4", "--gradient_accumulation_steps", "1"]
+    before, ids = prepared(tmp_path)
+    run = finetune.prepare(finetune.parse([*flags(tmp_path, *more), "--save_and_eval_strategy", "steps"]))
+    samples = [run.train_set[i] for i in range(4)]
+    at_first = loss_by_hand(run.model.eval(), run.tokenizer, samples)
+    assert at_first < 8  # English costs a model that knows nothing ln(49,000) = 10.8 a token
+    run.trainer.train()
+    assert run.trainer.state.global_step == 3
+    assert loss_by_hand(run.model.eval(), run.tokenizer, samples) < at_first
+    finetune.save_final(run.trainer, run.tokenizer, run.folder, lora=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert len(ids) == 14 and tokenizer.convert_tokens_to_ids(ITEM_TOKENS) == ids == list(range(49152, 49166))
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    moved = (model.get_input_embeddings().weight - before.get_input_embeddings().weight.float()).abs().amax(1)
+    assert len(moved) == 49166 and bool((moved[ids] > 1e-5).all())
+    index = "".join(ITEM_TOKENS[i] for i in (0, 5, 11))
+    assert tokenizer(index, add_special_tokens=False)["input_ids"] == [ids[i] for i in (0, 5, 11)]
+
+
 def loss_by_hand(model: torch.nn.Module, tokenizer: object, samples: list[dict]) -> float:
     """Mean loss over the responses' tokens, each sample alone through the plain model."""
     total = count = 0.0
@@ -158,25 +187,35 @@ def test_validation_samples_of_tasks_stop_before_the_test_target(tmp_path):
 def test_loss_by_task_and_validation_in_the_log(tmp_path):
     make_model("llama", tmp_path / "base")
     write_dataset(tmp_path / "data")
-    run = finetune.prepare(finetune.parse(flags(tmp_path, "--only_train_response", "--eval_ranking", "10")))
+    more = ["--only_train_response", "--eval_ranking", "10", "--select_by", "ndcg@10", "--epochs", "3"]
+    run = finetune.prepare(
+        finetune.parse(flags(tmp_path, *more, "--report_to", "tensorboard", "--learning_rate", "3e-2"))
+    )
     run.trainer.train()
     history = run.trainer.state.log_history
     lines = [row for row in history if "loss" in row]
     seen = {name for row in lines for name in row if name.startswith("loss_")}
     assert seen == {f"loss_{name}" for name in run.train_set.names}
     assert all(row["tokens_per_second"] > 0 and row["memory_gib"] > 0 for row in lines)
-    evaluation = next(row for row in history if "eval_loss" in row)
-    assert 0 <= evaluation["eval_ndcg@10"] <= evaluation["eval_hit@10"] <= 1
+    evaluations = [row for row in history if "eval_loss" in row]
+    assert len(evaluations) == 3
+    assert all(0 <= row["eval_ndcg@10"] <= row["eval_hit@10"] <= 1 for row in evaluations)
+    best = max(evaluations, key=lambda row: row["eval_ndcg@10"])
+    assert run.trainer.state.best_metric == best["eval_ndcg@10"], "--select_by"
+    assert Path(run.trainer.state.best_model_checkpoint).name == f"checkpoint-{best['step']}"
+    curves = EventAccumulator(str(tmp_path / "out" / "runs")).Reload().Tags()["scalars"]
+    wanted = {f"train/loss_{name}" for name in run.train_set.names} | {"train/tokens_per_second", "train/memory_gib"}
+    wanted |= {f"eval/loss_{name}" for name in run.train_set.names} | {"eval/ndcg@10", "eval/loss", "train/loss"}
+    assert wanted <= set(curves)
+    # the weights of the best evaluation are loaded again at the end
     sets = {"seqrec": [run.valid_set[i] for i in range(len(run.valid_set))]}
     for sample in run.trainer.task_set:
         sets.setdefault(sample["task"], []).append(sample)
     assert set(sets) == set(run.train_set.names)
     run.model.eval()
     for name, samples in sets.items():
-        assert evaluation[f"eval_loss_{name}"] == pytest.approx(
-            loss_by_hand(run.model, run.tokenizer, samples), rel=1e-4
-        )
-    assert evaluation["eval_loss"] == evaluation["eval_loss_seqrec"]
+        assert best[f"eval_loss_{name}"] == pytest.approx(loss_by_hand(run.model, run.tokenizer, samples), rel=1e-4)
+    assert best["eval_loss"] == best["eval_loss_seqrec"]
     log = (tmp_path / "out" / "train.log").read_text().splitlines()
-    assert len(log) == len(lines) + 1
+    assert len(log) == len(lines) + 3
     json.dumps(history)

@@ -95,8 +95,10 @@ def test_batches_that_are_not_packed_are_masked_as_usual(tmp_path):
     torch.testing.assert_close(got[mask.bool()], wanted[mask.bool()])
 
 
-def test_a_model_that_mixes_packed_samples_is_refused(tmp_path):
-    model = make_model("llama", tmp_path / "base")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_mixes_packed_samples_is_refused(tmp_path, dtype):
+    model = make_model("llama", tmp_path / "base", initializer_range=0.3).to(dtype)
+    check_packing(model)
     model.model.layers[0].register_forward_hook(lambda _, __, out: out + out.mean(1, keepdim=True))
     with pytest.raises(UserError, match="--packing: LlamaForCausalLM does not keep packed samples apart"):
         check_packing(model)

@@ -23,10 +23,19 @@ from transformers import (
 TEXT = 300  # text tokens of the tokenizers
 _SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _SMALL |= {"num_key_value_heads": 2, "max_position_embeddings": 512, "vocab_size": TEXT}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+_LLAMA3_ROPE |= {"original_max_position_embeddings": 64}
 
 # name → (configuration, tokenizer kind, rows of the embedding beyond the tokenizer)
 ARCHITECTURES = {
     "llama": (LlamaConfig(**_SMALL, tie_word_embeddings=False), "sentencepiece", 0),
+    "llama3": (LlamaConfig(**_SMALL, tie_word_embeddings=False, rope_parameters=_LLAMA3_ROPE), "bpe with bos", 0),
     "mistral": (MistralConfig(**_SMALL, sliding_window=64), "sentencepiece", 0),
     "qwen2": (Qwen2Config(**_SMALL), "bpe", 20),
     "qwen3": (Qwen3Config(**_SMALL, head_dim=8), "bpe", 20),
@@ -51,16 +60,24 @@ def title(item: int) -> str:
 
 
 def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
-    """`sentencepiece`: LLaMA-like, unknown token 0, BOS and EOS, metaspace; `bpe`: byte-level without BOS, pad is EOS."""
-    if kind == "bpe":
+    """`sentencepiece`: LLaMA-like, unknown token 0, BOS and EOS, metaspace; `bpe`: byte-level without BOS, pad is EOS;
+    `bpe with bos`: byte-level as LLaMA 3 has it, with BOS and without a pad token.
+    """
+    if kind.startswith("bpe"):
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=TEXT, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+            vocab_size=TEXT,
+            special_tokens=["<|end|>"] + ["<|begin|>"] * (kind == "bpe with bos"),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         )
         tokenizer.train_from_iterator(corpus(), trainer)
-        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+        if kind == "bpe":
+            return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+        begin = [("<|begin|>", tokenizer.token_to_id("<|begin|>"))]
+        tokenizer.post_processor = processors.TemplateProcessing("<|begin|> $A", None, begin)
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|end|>")
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
