@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -45,6 +46,9 @@ def packed_attention(
     if packed_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
     more = {**more, "is_causal": True}
+    if (dtype := _flash_type(query)) is not None:
+        rows = (t.to(dtype) for t in (query, key, value))
+        return _varlen_attention(*rows, packed_lengths, sliding_window, more.get("scaling")), None
     if query.device.type != "cpu":
         return _padded_attention(module, query, key, value, packed_lengths, sliding_window, more), None
     parts = []  # a call for each sample: no padding, no mask, and split() has a cheap backward
@@ -64,6 +68,27 @@ def _causal(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, window: int | No
         back = back[:, None] - back[None, :]
         mask = ((back >= 0) & (back < window))[None, None]
     return sdpa_attention_forward(module, q, k, v, mask, **more)[0]
+
+
+def _flash_type(query: Tensor) -> torch.dtype | None:
+    """The 16-bit type in which torch's FlashAttention can be used here, if it can: GPUs from Ampere on, usual heads."""
+    if query.device.type != "cuda" or torch.cuda.get_device_capability(query.device)[0] < 8:
+        return None
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+    usual = query.shape[-1] <= 256 and query.shape[-1] % 8 == 0
+    return dtype if usual and dtype in (torch.float16, torch.bfloat16) else None
+
+
+def _varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], window: int | None, scale: float | None
+) -> Tensor:
+    """As `packed_attention`, by torch's FlashAttention for samples of different lengths (`_flash_type`)."""
+    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(q.device)
+    back = -1 if window is None else window - 1  # how many tokens before it a token sees
+    rows = (t[0].transpose(0, 1) for t in (q, k, v))  # (tokens, heads, dim)
+    longest = max(lengths)
+    shape = {"scale": scale, "window_size": (back, 0), "enable_gqa": True}
+    return varlen_attn(*rows, ends, ends, longest, longest, **shape)[None]
 
 
 def _padded_attention(

@@ -84,6 +84,37 @@ def test_the_padded_form_for_gpus_equals_the_form_for_cpus(window):
     torch.testing.assert_close(padded, wanted)
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_what_flash_attention_is_asked_for_is_the_form_for_cpus(window, monkeypatch):
+    """Its kernel needs a GPU; a stand-in that does what torch documents of `varlen_attn` shows that it is asked rightly."""
+    import packing
+
+    def documented(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+        assert cu_seq_q.dtype == torch.int32 and torch.equal(cu_seq_q, cu_seq_k) and enable_gqa
+        assert max_q == max_k == int(cu_seq_q.diff().max()) and int(cu_seq_q[-1]) == len(q) == len(k)
+        left, right = window_size
+        out = torch.empty_like(q)
+        for begin, end in zip(cu_seq_q[:-1].tolist(), cu_seq_q[1:].tolist(), strict=True):
+            for row in range(begin, end):
+                first = begin if left < 0 else max(begin, row - left)
+                for head in range(q.shape[1]):
+                    shared = head // (q.shape[1] // k.shape[1])
+                    seen = slice(first, row + right + 1)
+                    weights = (k[seen, shared] @ q[row, head] * scale).softmax(0)
+                    out[row, head] = weights @ v[seen, shared]
+        return out
+
+    class Layer(torch.nn.Module):
+        num_key_value_groups = 2
+        is_causal = True
+
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, 20, 8), torch.randn(1, 2, 20, 8), torch.randn(1, 2, 20, 8)
+    monkeypatch.setattr(packing, "varlen_attn", documented)
+    wanted = packed_attention(Layer(), q, k, v, None, [3, 11, 6], window, scaling=0.3)[0]
+    torch.testing.assert_close(packing._varlen_attention(q, k, v, [3, 11, 6], window, 0.3), wanted)
+
+
 def test_batches_that_are_not_packed_are_masked_as_usual(tmp_path):
     model = make_model("llama", tmp_path / "base").eval()
     ids = torch.tensor([[5, 6, 7, 8], [9, 9, 5, 6]])
