@@ -46,7 +46,7 @@ def packed_attention(
     if packed_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
     more = {**more, "is_causal": True}
-    if (dtype := _flash_type(query)) is not None:
+    if (dtype := _flash_type(query)) is not None and not more.get("dropout"):
         rows = (t.to(dtype) for t in (query, key, value))
         return _varlen_attention(*rows, packed_lengths, sliding_window, more.get("scaling")), None
     if query.device.type != "cpu":
