@@ -28,6 +28,7 @@ from convert.folder import (  # noqa: E402
     LOADERS,
     TOKENIZER_FILES,
     ModelFolder,
+    add_target,
     copy_files,
     find_model,
     load_config,
@@ -37,7 +38,7 @@ from convert.folder import (  # noqa: E402
 )
 from convert.hub import reason  # noqa: E402
 from convert.scan import check_checkpoint, is_plain_name  # noqa: E402
-from convert.weights import DTYPES, Weights, all_finite, is_old_buffer, parse_size, row_blocks, write_weights  # noqa: E402
+from convert.weights import DTYPES, Weights, all_finite, is_old_buffer, row_blocks, write_weights  # noqa: E402
 from utils import UserError, run_main, versions, write_json  # noqa: E402
 
 RUN_FILES = ("*.json", "train*")
@@ -194,10 +195,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line of `convert.py`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-s", "--source", required=True, help="checkpoint folder (checkpoint-N) or model folder")
-    parser.add_argument("-t", "--target", required=True, help="folder to write; must not exist yet")
+    add_target(parser, "-t", "--target")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="type of the weights (default: float32)")
-    parser.add_argument("--max_shard_size", default="5GB", help="largest weight file (default: 5GB)")
-    parser.add_argument("--overwrite", action="store_true", help="replace TARGET if it exists")
     return parser
 
 
@@ -206,9 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     torch.set_num_threads(1)  # reading, adding, hashing and writing already have a thread each
     source = find_model(args.source)
-    count = convert(
-        source, Path(args.target), DTYPES[args.dtype], parse_size(args.max_shard_size), overwrite=args.overwrite
-    )
+    count = convert(source, args.target, DTYPES[args.dtype], args.max_shard_size, args.overwrite)
     print(f"{args.target}: {count} tensors in {args.dtype}")
 
 

@@ -17,8 +17,7 @@ if not __package__:  # run as a script: the root instead of this folder, whose n
 import torch  # noqa: E402
 
 from convert.convert import convert  # noqa: E402
-from convert.folder import find_model  # noqa: E402
-from convert.weights import parse_size  # noqa: E402
+from convert.folder import add_target, find_model  # noqa: E402
 from utils import run_main  # noqa: E402
 
 
@@ -26,14 +25,12 @@ def main(argv: list[str] | None = None) -> None:
     """Convert one folder to float16."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--in-checkpoint", required=True, help="folder or hub id to read")
-    parser.add_argument("--out-checkpoint", required=True, help="folder to write; must not exist yet")
-    parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (default: 5GB)")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT_CHECKPOINT if it exists")
+    add_target(parser, "--out-checkpoint")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # reading, adding, hashing and writing already have a thread each
-    source, target = find_model(args.in_checkpoint), Path(args.out_checkpoint)
-    count = convert(source, target, torch.float16, parse_size(args.max_shard_size), overwrite=args.overwrite)
-    print(f"{target}: {count} tensors in float16")
+    source = find_model(args.in_checkpoint)
+    count = convert(source, args.out_checkpoint, torch.float16, args.max_shard_size, args.overwrite)
+    print(f"{args.out_checkpoint}: {count} tensors in float16")
 
 
 if __name__ == "__main__":

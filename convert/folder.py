@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
 import json
@@ -215,6 +216,28 @@ def copy_files(source: ModelFolder, target: Path, patterns: tuple[str, ...]) -> 
 
 
 # ---- new folders, whole or not at all ----
+
+
+def add_target(parser: argparse.ArgumentParser, *flags: str) -> None:
+    """The options of every script that writes a model folder: `flags` for the folder itself, a shard's size, overwriting."""
+    parser.add_argument(*flags, required=True, type=Path, help="folder to write; must not exist yet")
+    size = {"type": parse_size, "default": "5GB", "help": "largest weight file (default: 5GB)"}
+    parser.add_argument("--max-shard-size", "--max_shard_size", **size)
+    parser.add_argument("--overwrite", action="store_true", help="replace that folder if it exists")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `5GB`, `200MB`, `10KB` or a plain number (powers of ten, as on the hub)."""
+    units = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1, "": 1}
+    number = text.upper().rstrip("GMKB")
+    unit = text.upper()[len(number) :]
+    try:
+        size = int(float(number) * units[unit])
+    except (ValueError, KeyError):
+        raise UserError(f"{text!r} is not a size; write for example 5GB or 200MB") from None
+    if size <= 0:
+        raise UserError(f"{text!r}: a shard's size must be positive")
+    return size
 
 
 @contextlib.contextmanager

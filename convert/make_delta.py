@@ -26,10 +26,10 @@ if not __package__:  # run as a script: the root instead of this folder, whose n
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from convert.folder import TOKENIZER_FILES, ModelFolder, copy_files, find_model, new_folder, write_settings  # noqa: E402
+from convert.folder import TOKENIZER_FILES, ModelFolder, add_target, copy_files, find_model, new_folder, write_settings  # noqa: E402
 from convert.merge_delta import Plan, plan_merge  # noqa: E402
 from convert.push import push_folder  # noqa: E402
-from convert.weights import DTYPES, InputHashes, Weights, all_finite, count_different, parse_size, write_weights  # noqa: E402
+from convert.weights import DTYPES, InputHashes, Weights, all_finite, count_different, write_weights  # noqa: E402
 from utils import UserError, run_main, say, versions, write_json  # noqa: E402
 
 
@@ -105,23 +105,20 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base-model-path", required=True, help="base model: folder or hub id")
     parser.add_argument("--target-model-path", required=True, help="fine-tuned model: folder or hub id")
-    parser.add_argument("--delta-path", required=True, help="folder to write; must not exist yet")
+    add_target(parser, "--delta-path")
     parser.add_argument("--hub-repo-id", help="also push the delta to this hub repository (owner/name)")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="arithmetic and result (default: float16)")
-    parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (default: 5GB)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the delta if it exists")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # reading, adding, hashing and writing already have a thread each
     base, target = find_model(args.base_model_path), find_model(args.target_model_path)
-    delta = Path(args.delta_path)
-    report = make_delta(base, target, delta, DTYPES[args.dtype], parse_size(args.max_shard_size), args.overwrite)
+    report = make_delta(base, target, args.delta_path, DTYPES[args.dtype], args.max_shard_size, args.overwrite)
     missed = sum(report["inexact"].values())
     say(
-        f"{delta}: {len(report['whole'])} tensors whole; merging it gives the target bit for bit but for {missed} of "
+        f"{args.delta_path}: {len(report['whole'])} tensors whole; merging it gives the target bit for bit but for {missed} of "
         f"{report['numbers']} numbers in {len(report['inexact'])} tensors (delta_report.json)"
     )
     if args.hub_repo_id:
-        say(push_folder(delta, args.hub_repo_id))
+        say(push_folder(args.delta_path, args.hub_repo_id))
 
 
 if __name__ == "__main__":

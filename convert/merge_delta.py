@@ -29,6 +29,7 @@ from tqdm import tqdm  # noqa: E402
 
 from convert.folder import (  # noqa: E402
     ModelFolder,
+    add_target,
     check_item_tokens,
     copy_files,
     embedding_names,
@@ -45,7 +46,6 @@ from convert.weights import (  # noqa: E402
     Weights,
     all_finite,
     is_old_buffer,
-    parse_size,
     write_weights,
 )
 from utils import UserError, run_main, say, versions, write_json  # noqa: E402
@@ -275,19 +275,16 @@ def main(argv: list[str] | None = None) -> None:
     """Merge one delta."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base-model-path", required=True, help="base model: folder or hub id")
-    parser.add_argument("--target-model-path", required=True, help="folder to write; must not exist yet")
+    add_target(parser, "--target-model-path")
     parser.add_argument("--delta-path", required=True, help="delta: folder or hub id")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="arithmetic and result (default: float16)")
-    parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (default: 5GB)")
     parser.add_argument("--low-cpu-mem", action="store_true", help="for old commands: memory is always kept low")
     parser.add_argument("--any-base", action="store_true", help="skip the test that embeddings resemble the base's")
-    parser.add_argument("--overwrite", action="store_true", help="replace the target if it exists")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # reading, adding, hashing and writing already have a thread each
     base, delta = find_model(args.base_model_path), find_model(args.delta_path)
-    target = Path(args.target_model_path)
-    size = parse_size(args.max_shard_size)
-    report = merge(base, delta, target, DTYPES[args.dtype], size, args.overwrite, args.any_base)
+    target = args.target_model_path
+    report = merge(base, delta, target, DTYPES[args.dtype], args.max_shard_size, args.overwrite, args.any_base)
     done = [entry["done"] for entry in report["tensors"].values()]
     for note in report["notes"]:
         say(f"note: {note}")

@@ -26,6 +26,7 @@ import torch  # noqa: E402
 from convert.folder import (  # noqa: E402
     TOKENIZER_FILES,
     ModelFolder,
+    add_target,
     check_item_tokens,
     copy_files,
     embedding_names,
@@ -41,7 +42,6 @@ from convert.weights import (  # noqa: E402
     Weights,
     all_finite,
     is_old_buffer,
-    parse_size,
     row_blocks,
     write_weights,
 )
@@ -242,19 +242,17 @@ def main(argv: list[str] | None = None) -> None:
     """Merge one adapter."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter-path", required=True, help="adapter: folder or hub id")
-    parser.add_argument("--target-model-path", required=True, help="folder to write; must not exist yet")
+    add_target(parser, "--target-model-path")
     parser.add_argument("--base-model-path", help="base model: folder or hub id (default: what the adapter names)")
     parser.add_argument("--dtype", choices=DTYPES, help="type of the result (default: the base's)")
-    parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (default: 5GB)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the target if it exists")
     args = parser.parse_args(argv)
     adapter = find_model(args.adapter_path)
     named = args.base_model_path or adapter.json("adapter_config.json").get("base_model_name_or_path")
     if not named:
         raise UserError(f"{adapter.path}: does not name its base; give --base-model-path")
-    base, target = find_model(named), Path(args.target_model_path)
     dtype = DTYPES[args.dtype] if args.dtype else None
-    report = merge_lora(base, adapter, target, dtype, parse_size(args.max_shard_size), args.overwrite)
+    target = args.target_model_path
+    report = merge_lora(find_model(named), adapter, target, dtype, args.max_shard_size, args.overwrite)
     done = [entry["done"] for entry in report["tensors"].values()]
     say(
         f"{target}: {done.count('summed')} tensors changed, {done.count('replaced')} replaced, "

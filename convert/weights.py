@@ -503,17 +503,3 @@ class InputHashes:
         if self._error:
             raise self._error
         return self._found
-
-
-def parse_size(text: str) -> int:
-    """Bytes of `5GB`, `200MB`, `10KB` or a plain number (powers of ten, as on the hub)."""
-    units = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "B": 1, "": 1}
-    number = text.upper().rstrip("GMKB")
-    unit = text.upper()[len(number) :]
-    try:
-        size = int(float(number) * units[unit])
-    except (ValueError, KeyError):
-        raise UserError(f"{text!r} is not a size; write for example 5GB or 200MB") from None
-    if size <= 0:
-        raise UserError(f"{text!r}: a shard's size must be positive")
-    return size

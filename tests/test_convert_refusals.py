@@ -57,28 +57,14 @@ def change_json(path, **values):
 LAYER = "model.layers.1.mlp.up_proj.weight"
 
 
-def other_hidden(folder):
+def replace_base(folder, model):
     shutil.rmtree(folder / "base")
-    save_model(tiny_llama(hidden_size=16), folder / "base")
-    save_tokenizer(folder / "base")
-
-
-def other_layers(folder):
-    shutil.rmtree(folder / "base")
-    save_model(tiny_llama(num_hidden_layers=3), folder / "base")
+    save_model(model, folder / "base")
     save_tokenizer(folder / "base")
 
 
 def unrelated_base(folder):
-    shutil.rmtree(folder / "base")
-    save_model(tiny_llama(seed=7), folder / "base")
-    save_tokenizer(folder / "base")
-
-
-def larger_vocabulary(folder):
-    shutil.rmtree(folder / "base")
-    save_model(tiny_llama(VOCABULARY + 50), folder / "base")
-    save_tokenizer(folder / "base")
+    replace_base(folder, tiny_llama(seed=7))
 
 
 def other_tokens(folder):
@@ -103,10 +89,16 @@ def overflow(state):
 
 
 CASES = {
-    "base without a layer": (lambda f: other_layers(f), "num_hidden_layers is 2, the base's 3"),
-    "other hidden size": (other_hidden, "hidden_size is 32, the base's 16"),
+    "base without a layer": (
+        lambda f: replace_base(f, tiny_llama(num_hidden_layers=3)),
+        "num_hidden_layers is 2, the base's 3",
+    ),
+    "other hidden size": (lambda f: replace_base(f, tiny_llama(hidden_size=16)), "hidden_size is 32, the base's 16"),
     "base of the same size": (unrelated_base, "do not resemble.*cosine"),
-    "vocabulary that shrinks": (larger_vocabulary, r"\[316, 32\] on the delta's side, \[350, 32\] in the base"),
+    "vocabulary that shrinks": (
+        lambda f: replace_base(f, tiny_llama(VOCABULARY + 50)),
+        r"\[316, 32\] on the delta's side, \[350, 32\] in the base",
+    ),
     "other vocabulary": (other_tokens, "another base.*other ids"),
     "tensor missing in the delta": (
         lambda f: change_delta(f, lambda s: s.pop(LAYER)),
