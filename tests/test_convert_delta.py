@@ -65,6 +65,19 @@ def test_merge_is_the_float16_sum_for_every_kind_of_file(tmp_path, kind, base_dt
     assert len(list((tmp_path / "target").glob("model-*.safetensors"))) > 1
 
 
+def test_files_of_old_torch_and_tensors_that_lie_crosswise(parts):
+    """Neither can be handed out as rows of a mapped file; the memory of the first is not to be given back either."""
+    base, target, folder = parts
+    (folder / "base/model.safetensors").unlink()
+    torch.save(half(base), folder / "base/pytorch_model.bin", _use_new_zipfile_serialization=False)
+    for path in (folder / "delta").glob("*.bin"):
+        crosswise = {n: v.t().contiguous().t() for n, v in torch.load(path, weights_only=True).items() if v.dim() == 2}
+        torch.save(torch.load(path, weights_only=True) | crosswise, path)
+    merge(folder)
+    merged = load_file(folder / "target/model.safetensors")
+    assert all(torch.equal(merged[name], tensor) for name, tensor in expected(base, target).items())
+
+
 def test_merged_model_has_the_logits_of_the_fine_tuned_one_and_its_tokenizer(parts):
     base, target, folder = parts
     report = merge(folder)

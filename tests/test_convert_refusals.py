@@ -84,6 +84,13 @@ def nan(state):
     state[LAYER][3, 3] = float("nan")
 
 
+def infinite_base(folder):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.get_parameter(LAYER)[5, 5] = float("inf")
+    replace_base(folder, model)
+
+
 def overflow(state):
     state[LAYER][:] = 65_000
 
@@ -110,6 +117,7 @@ CASES = {
     ),
     "other shape": (lambda f: change_delta(f, wide_layer), r"\[48, 40\] on the delta's side, \[48, 32\] in the base"),
     "NaN": (lambda f: change_delta(f, nan), "the delta holds NaN or inf"),
+    "inf in the base": (infinite_base, "the base holds NaN or inf"),
     "too few rows": (
         lambda f: save_tokenizer(f / "delta", [*ITEM_TOKENS, "<e_0>"]),
         "317 tokens, the embedding only 316 rows",
