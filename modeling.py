@@ -53,6 +53,10 @@ def load_tokenizer(path: str | Path, model_max_length: int = 2048) -> Any:
     if tokenizer.pad_token_id is None:
         unknown_is_zero = tokenizer.unk_token is not None and tokenizer.unk_token_id == 0
         tokenizer.pad_token = tokenizer.unk_token if unknown_is_zero else tokenizer.eos_token
+    if getattr(
+        tokenizer, "legacy", False
+    ):  # transformers obeys it but does not save it: the saved one would cut otherwise
+        tokenizer.init_kwargs["legacy"] = True
     # A bare tokenizer.model says nothing of BOS and transformers then adds none; LLaMA 1 and 2 were trained with it.
     told = (Path(path) / "tokenizer_config.json").exists() or (Path(path) / "tokenizer.json").exists()
     if Path(path).is_dir() and not told and not adds_bos(tokenizer):

@@ -17,6 +17,7 @@ from data import HistoryFormat, TaskValidSet, load_data
 from modeling import add_item_tokens, grow_vocabulary, load_model, load_tokenizer
 from prompt import load_prompts
 
+_SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
 ITEM_TOKENS = sorted({f"<a_{i}>" for i in range(5)} | {f"<b_{i}>" for i in range(6)} | {f"<c_{i}>" for i in range(3)})
 
 
@@ -80,6 +81,27 @@ def used_tokens(folder: Path, options: list[str]) -> set[int]:
     samples = [train_set[i] for i in range(len(train_set))]
     rows, _ = encode_samples(tokenizer, [s["prompt"] for s in samples], [s["response"] for s in samples], 2048)
     return {token for row in rows for token in row} | {tokenizer.pad_token_id, 0}
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_text_after_an_item_token_is_cut_as_the_tokenizers_files_say(tmp_path, legacy):
+    from data_process import base_model
+    from modeling import prepare_base
+
+    base_model.train_tokenizer(iter(["The red pen, the blue pen. Next"] * 40), tmp_path / "base", 300)
+    settings = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(settings | {"legacy": legacy}))
+    size = len(load_tokenizer(tmp_path / "base"))
+    AutoModelForCausalLM.from_config(type(ARCHITECTURES["llama"][0])(**_SIZES, vocab_size=size)).save_pretrained(
+        tmp_path / "base"
+    )
+    prepare_base(str(tmp_path / "base"), tmp_path / "ready", ITEM_TOKENS, 42)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ready")  # what is trained with and saved
+    rows, _ = encode_samples(tokenizer, ["red pen <a_1><b_2>, <a_0> Next"], ["<a_2>"], 99)
+    tokens = tokenizer.convert_ids_to_tokens(rows[0])
+    after = tokens.index("<b_2>") + 1
+    assert tokens[after : after + 2] == (["▁", ","] if legacy else [",", "▁"])
+    assert tokens[-2:] == ["<a_2>", "</s>"] and tokens[0] == "<s>"
 
 
 @pytest.mark.parametrize("only_response", [True, False])

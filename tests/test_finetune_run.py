@@ -370,6 +370,30 @@ def test_lora_from_finetune_to_a_model_that_scores_as_the_adapter_says(world, pr
 
     if processes == 1:
         check_a_later_run_begins_with_the_adapter(world, folder, flags)
+        check_adapter_and_merged_model_rank_alike(world, folder)
+
+
+def check_adapter_and_merged_model_rank_alike(world: Path, adapter: Path) -> None:
+    """test.py --lora and, after merge_lora.py, test.py."""
+    import scoring
+    from convert import merge_lora
+
+    merged = world / "merged"
+    merge_lora.main(
+        ["--adapter-path", str(adapter), "--base-model-path", str(world / "base"), "--target-model-path", str(merged)]
+    )
+    results = []
+    for flags in (
+        ["--lora", "--base_model", str(world / "base"), "--ckpt_path", str(adapter)],
+        ["--ckpt_path", str(merged)],
+    ):
+        flags += ["--data_path", str(world / "data"), "--dataset", "Toy", "--num_beams", "10", "--test_batch_size", "8"]
+        target = world / f"result{len(results)}.json"
+        scoring.run(scoring.make_test_parser("").parse_args([*flags, "--results_file", str(target)]), single=True)
+        lines = (world / f"{target.stem}.predictions.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        results.append((json.loads(target.read_text())["mean_results"], [row["items"] for row in rows]))
+    assert results[0] == results[1] and results[0][0]["hit@10"] > 0 and len(results[0][1]) == 24
 
 
 def check_a_later_run_begins_with_the_adapter(world: Path, folder: Path, flags: list[str]) -> None:
