@@ -50,6 +50,12 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         default="0,0,0,100000,0,0",
         help="per task: draw so many samples, once and without replacement; 0: all",
     )
+    group.add_argument(
+        "--longest_history_only",
+        action="store_true",
+        help="seqrec, fusionseqrec: train on each user's longest history alone, not on every prefix of it; with the loss on "
+        "the whole text every item of a history is still predicted, once an epoch",
+    )
     group.add_argument("--valid_prompt_id", type=int, default=0, help="template of the validation (--no-sample_valid)")
     group.add_argument(
         "--sample_valid",

@@ -277,6 +277,11 @@ def _prefix_rows(data: RecData) -> np.ndarray:
     return np.stack([users, np.arange(len(users)) - starts + 1], axis=1).astype(np.int32)
 
 
+def _longest(rows: np.ndarray) -> np.ndarray:
+    """Of `_prefix_rows` each user's last one."""
+    return rows[np.diff(rows[:, 0], append=-1) != 0]
+
+
 def _last_rows(back: int) -> Callable[[RecData], np.ndarray]:
     """(user number, position of the target) with the target `back` items from the end."""
 
@@ -429,6 +434,7 @@ class TrainSet:
     Args:
         tasks: `(task, train_prompt_sample_num, train_data_sample_num)`, as `arguments.parse_tasks` gives them.
         split: "valid" takes the validation samples of those tasks that have some.
+        longest_history_only: of seqrec and fusionseqrec train on each user's longest history, not on every prefix of it.
     """
 
     def __init__(
@@ -439,6 +445,7 @@ class TrainSet:
         form: HistoryFormat,
         seed: int = 42,
         split: str = "train",
+        longest_history_only: bool = False,
     ):
         self.data, self.prompts, self.form, self.seed, self.epoch = data, prompts, form, seed, 0
         self.names = [name for name, _, _ in tasks]
@@ -449,6 +456,8 @@ class TrainSet:
         self.rows = []
         for (name, _, wanted), split in zip(tasks, splits, strict=True):
             rows = TASKS[name].rows[split](data)
+            if longest_history_only and TASKS[name].rows[split] is _prefix_rows:
+                rows = _longest(rows)
             if 0 < wanted < len(rows):
                 chosen = _random(seed, list(TASKS).index(name)).choice(len(rows), wanted, replace=False)
                 rows = rows[np.sort(chosen)]

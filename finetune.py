@@ -163,7 +163,7 @@ def load_datasets(args: argparse.Namespace) -> tuple[RecData, TrainSet, ValidSet
     data = load_data(args.data_path, args.dataset, args.index_file, needs_users)
     prompts = load_prompts(args.prompt_file)
     form = HistoryFormat(args.max_his_len, args.add_prefix, args.his_sep)
-    train = TrainSet(data, prompts, tasks, form, args.seed)
+    train = TrainSet(data, prompts, tasks, form, args.seed, longest_history_only=args.longest_history_only)
     valid = ValidSet(
         data,
         prompts,

@@ -56,7 +56,7 @@ FREE = {"base_model", "ckpt_path", "data_path", "filter_items", "gpu_id", "metri
 FREE |= {"results_file", "test_batch_size", "test_prompt_ids", "prompt_file", "index_file", "test_task"}
 # Arguments of the data group that concern training alone.
 TRAINING = {"tasks", "only_train_response", "train_prompt_sample_num", "train_data_sample_num", "valid_prompt_id"}
-TRAINING |= {"sample_valid", "valid_prompt_sample_num"}
+TRAINING |= {"sample_valid", "valid_prompt_sample_num", "longest_history_only"}
 
 
 def make_test_parser(description: str) -> argparse.ArgumentParser:

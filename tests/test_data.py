@@ -37,6 +37,15 @@ def test_seqrec_predicts_the_next_item_of_every_training_prefix(toy):
     ]
 
 
+def test_longest_history_only_has_one_training_sample_a_user(toy):
+    data = load_data(str(toy), "Toy")
+    templates = prompts(seqrec=[("{inters}", "{item}")], item2index=[("{title}", "{item}")])
+    tasks = [("seqrec", 1, 0), ("item2index", 1, 0)]
+    train = TrainSet(data, templates, tasks, HistoryFormat(), longest_history_only=True)
+    assert samples(train)[:3] == [f"{I0}, {I1}=>{I2}", f"{I2}=>{I0}", f"{I1}, {I3}, {I5}=>{I0}"]
+    assert train.counts() == {"seqrec": 3, "item2index": 6}  # a user with one training item has no sample
+
+
 def test_validation_and_test_targets_are_the_last_two_items(toy):
     data = load_data(str(toy), "Toy")
     one = prompts(seqrec=[("{inters}", "{item}")])
