@@ -70,7 +70,7 @@ def quantised(codes: np.ndarray, codebooks: Sequence[torch.Tensor]) -> torch.Ten
     return torch.stack(list(parts)).sum(0)
 
 
-def _errors(latents: np.ndarray, codes: np.ndarray, codebooks: Sequence[np.ndarray]) -> np.ndarray:
+def squared_errors(latents: np.ndarray, codes: np.ndarray, codebooks: Sequence[np.ndarray]) -> np.ndarray:
     """Each row's squared distance to its index: float64 (rows,)."""
     return ((latents - sum(book[codes[:, level]] for level, book in enumerate(codebooks))) ** 2).sum(-1)
 
@@ -309,6 +309,6 @@ def resolve(
     moved = items[(result.codes[items] != codes[items]).any(1)]
     result.moved_to_other_prefix = full
     result.moved_on_last_level = len(moved) - full
-    added = _errors(wide, result.codes[items], books) - _errors(wide, codes[items], books)
+    added = squared_errors(wide, result.codes[items], books) - squared_errors(wide, codes[items], books)
     result.added_error, result.largest_added_error = float(added.sum()), float(added.max(initial=0.0))
     return result

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from collisions import Resolution, assign_free, nearest_codes, quantised
+from collisions import Resolution, assign_free, nearest_codes, quantised, squared_errors
 from common import UserError, read_json
 from embeddings import Embeddings
 from figures import collision_groups
@@ -119,9 +119,18 @@ def _nearest_free(
     groups = collision_groups(codes)
     pending = np.array(sorted(int(item) for group in groups for item in group if item >= count), dtype=np.int64)
     wide = latents[torch.from_numpy(pending).to(latents.device)].cpu().double().numpy()
-    new, full, greedy = assign_free(codes, wide, [book.cpu().double().numpy() for book in books], pending)
-    moved = int((new != codes).any(1).sum())
-    return Resolution(new, [len(pending)], moved_on_last_level=moved - full, moved_to_other_prefix=full, greedy=greedy)
+    wide_books = [book.cpu().double().numpy() for book in books]
+    new, full, greedy = assign_free(codes, wide, wide_books, pending)
+    added = squared_errors(wide, new[pending], wide_books) - squared_errors(wide, codes[pending], wide_books)
+    return Resolution(
+        new,
+        [len(pending)],
+        moved_on_last_level=int((new != codes).any(1).sum()) - full,
+        moved_to_other_prefix=full,
+        greedy=greedy,
+        added_error=float(added.sum()),
+        largest_added_error=float(added.max(initial=0.0)),
+    )
 
 
 def _draw_free(taken: np.ndarray, sizes: list[int], count: int, seed: int) -> np.ndarray:

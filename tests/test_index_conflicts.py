@@ -313,6 +313,7 @@ def test_extension_keeps_old_indices_and_uses_known_tokens(run: Path, with_check
     assert len({tuple(tokens) for tokens in index.values()}) == 112
     assert {t for tokens in index.values() for t in tokens} == {t for tokens in old.values() for t in tokens}
     assert (report["old_items"], report["new_items"]) == (90, 22)
+    assert report["moved_on_last_level"] > 0 and report["added_squared_distance"] > 0  # two texts that an old item has
     near = sum(index[str(90 + i)][0] == old[str(i)][0] for i in range(20))
     assert near > 12  # almost equal to old items: mostly under their first code
 
