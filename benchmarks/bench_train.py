@@ -31,6 +31,7 @@ import finetune  # noqa: E402
 from utils import UserError, is_main, read_json, run_main, write_json  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+LEARNING_RATES = {"tiny": "1e-3", "smollm2": "5e-5"}
 OFFICE = ROOT.parent / "shared" / "data" / "Office"
 
 
@@ -81,7 +82,14 @@ def worker(job: dict) -> None:
         "--seed",
         str(job["seed"]),
     ]
-    flags += ["--data_path", job["data_path"], "--only_train_response", "--bf16", "--learning_rate", "1e-3"]
+    flags += [
+        "--data_path",
+        job["data_path"],
+        "--only_train_response",
+        "--bf16",
+        "--learning_rate",
+        job["learning_rate"],
+    ]
     flags += ["--per_device_batch_size", str(job["batch_size"]), "--gradient_accumulation_steps", "1"]
     flags += ["--max_steps", str(job["steps"]), "--report_to", "none", "--valid_prompt_sample_num", "1"]
     flags += ["--logging_step", "1000000", "--save_and_eval_strategy", "steps", "--save_and_eval_steps", "1000000"]
@@ -220,6 +228,7 @@ def compare(options: argparse.Namespace, base: Path, data_path: Path, folder: Pa
                 job |= {"out": str(folder / f"out-{kind}-{processes}-{seed}"), "dataset": options.dataset}
                 job |= {"data_path": str(data_path), "batch_size": options.batch_size}
                 job |= {"no_checkpointing": options.no_checkpointing, "loss_samples": options.loss_samples}
+                job |= {"learning_rate": LEARNING_RATES[options.model]}
                 figures = launch(options, job, processes)
                 figures["samples"] = (steps - 1) * options.batch_size * processes
                 runs[kind].append(figures)

@@ -165,7 +165,8 @@ def test_two_processes_with_zero3_from_finetune_to_a_plain_model(world, zero3):
 def test_two_processes_without_deepspeed_have_the_losses_of_one(world):
     flags = ["--deepspeed", "none", "--epochs", "1"]
     inside(command(world, *flags, out="one"))
-    run(command(world, *flags, "--per_device_batch_size", "2", processes=2, out="ddp"))
+    # packed: samples are dealt to the processes by length, within a step
+    run(command(world, *flags, "--per_device_batch_size", "2", "--packing", processes=2, out="ddp"))
     one, two = (losses(world / out / "checkpoint-8") for out in ("one", "ddp"))
     assert [step for step, _ in one] == [step for step, _ in two] == list(range(1, 9))
     assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-4)

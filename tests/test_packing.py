@@ -159,3 +159,26 @@ def test_attention_on_the_cpu_stays_in_float32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = packed_attention(Layer(), q, k, v, None, [5, 4])[0]
     assert torch.equal(got, wanted)
+
+
+def test_samples_are_dealt_evenly_within_their_step():
+    from training import EvenRows
+
+    class Sampler(list):
+        def set_epoch(self, epoch):
+            self.reverse()
+
+    draw = torch.Generator().manual_seed(0)
+    sizes = torch.randint(40, 2000, (3 * 8 + 5,), generator=draw).tolist()
+    data = [{"prompt": "x" * (size - 7), "response": "<a_1>"} for size in sizes]
+    order = Sampler(torch.randperm(len(data), generator=draw).tolist())
+    dealt = EvenRows(order, data, batch=4, processes=2)
+    for _ in range(2):
+        got = list(dealt)
+        assert len(got) == len(dealt) == len(data) and got[24:] == order[24:]  # an unfinished step stays
+        for start in range(0, 24, 8):
+            step = got[start : start + 8]
+            assert sorted(step) == sorted(order[start : start + 8])
+            gap = abs(sum(sizes[i] for i in step[:4]) - sum(sizes[i] for i in step[4:]))
+            assert gap < 0.2 * sum(sizes[i] for i in step)
+        dealt.set_epoch(1)
