@@ -39,6 +39,11 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max_his_len", type=int, default=20, help="items of history in a prompt; -1: all")
     group.add_argument("--add_prefix", action="store_true", help='number the items of a history: "1. …"')
     group.add_argument("--his_sep", default=", ", help="text between the items of a history")
+    group.add_argument(
+        "--no_eos",
+        action="store_true",
+        help="no end-of-sequence token in training samples and in scores: the same in training and test",
+    )
     group.add_argument("--only_train_response", action="store_true", help="loss on the response only, not the prompt")
     group.add_argument(
         "--train_prompt_sample_num",

@@ -1,7 +1,7 @@
 """Texts to padded token batches, for training (right-padded, with labels) and for testing (left-padded).
 
-A sample is BOS (where the tokenizer adds one) + prompt + response + EOS. What is masked is told by length, never by the pad
-id, which may be the EOS id.
+A sample is BOS (where the tokenizer adds one) + prompt + response + EOS (unless there shall be none). What is masked is told
+by length, never by the pad id, which may be the EOS id.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def encode_prompts(tokenizer: Any, prompts: list[str]) -> list[list[int]]:
 
 
 def encode_samples(
-    tokenizer: Any, prompts: list[str], responses: list[str], max_length: int
+    tokenizer: Any, prompts: list[str], responses: list[str], max_length: int, no_eos: bool = False
 ) -> tuple[list[list[int]], list[int]]:
     """Token ids of whole samples, cut at `max_length`, and how many of them belong to the prompt.
 
@@ -38,12 +38,12 @@ def encode_samples(
     its own tokenisation shares with the whole.
     """
     whole = encode_prompts(tokenizer, [prompt + response for prompt, response in zip(prompts, responses, strict=True)])
-    samples, lengths = [], []
+    samples, lengths, end = [], [], [] if no_eos else [tokenizer.eos_token_id]
     for ids, prompt in zip(whole, encode_prompts(tokenizer, prompts), strict=True):
         same = 0
         while same < min(len(ids), len(prompt)) and ids[same] == prompt[same]:
             same += 1
-        samples.append((ids + [tokenizer.eos_token_id])[:max_length])
+        samples.append((ids + end)[:max_length])
         lengths.append(min(same, max_length))
     return samples, lengths
 
@@ -86,6 +86,7 @@ class TrainCollator:
         packing: no padding, the samples end to end in one row (`packing.pack`).
         tasks: task names; adds `tasks`, the position in it of each token's sample's task, in the shape of `labels`, and
             `seen`, how many tokens and samples the batch has.
+        no_eos: samples end with the response.
     """
 
     tokenizer: Any
@@ -93,11 +94,11 @@ class TrainCollator:
     only_train_response: bool = False
     packing: bool = False
     tasks: list[str] | None = None
+    no_eos: bool = False
 
     def __call__(self, samples: list[dict[str, str]]) -> dict[str, Any]:
-        ids, lengths = encode_samples(
-            self.tokenizer, [s["prompt"] for s in samples], [s["response"] for s in samples], self.max_length
-        )
+        prompts, responses = [s["prompt"] for s in samples], [s["response"] for s in samples]
+        ids, lengths = encode_samples(self.tokenizer, prompts, responses, self.max_length, self.no_eos)
         if not self.only_train_response:
             lengths = [0] * len(ids)
         labels = [[IGNORE] * n + row[n:] for row, n in zip(ids, lengths, strict=True)]

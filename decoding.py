@@ -47,31 +47,35 @@ class ItemTrie:
         widths: by depth, the most children that a node there has; `widths[0]` is the root's.
         counts: by depth, the number of nodes there; `counts[0]` is 1.
         size: the number of distinct indices.
-        eos: the token that ends an index.
+        eos: the token that ends an index; None: an index ends by itself, and nothing is added to its score.
     """
 
-    def __init__(self, sequences: Sequence[Sequence[int]] | np.ndarray | Tensor, eos: int):
+    def __init__(self, sequences: Sequence[Sequence[int]] | np.ndarray | Tensor, eos: int | None):
         """Build the tree.
 
         Args:
             sequences: item id → its token ids: a list of tuples (any lengths from 1) or an integer array `(items, levels)`.
-            eos: the id of the end-of-sequence token; it may not occur within a sequence.
+            eos: the id of the end-of-sequence token, which may not occur within a sequence; None for none.
 
         Raises:
-            ValueError: there are no items, or a sequence is empty or has a negative token or `eos` in it.
+            ValueError: there are no items, or a sequence is empty or has a negative token or `eos` in it; without `eos`,
+                also if one sequence is the beginning of another.
         """
         rows, lengths = _as_rows(sequences)
         if rows.size == 0:
             raise ValueError("an item trie needs at least one item with at least one token")
         inside = np.arange(rows.shape[1]) < lengths[:, None] if lengths is not None else None
-        for what, wrong in (("a negative token", rows < 0), ("the end-of-sequence token", rows == eos)):
+        for what, token in (("a negative token", None), ("the end-of-sequence token", eos)):
+            wrong = rows < 0 if token is None else rows == token
             wrong = wrong if inside is None else wrong & inside
             if wrong.any():
                 raise ValueError(f"item {int(wrong.any(1).argmax())} has {what} in its index")
         if lengths is not None and (lengths == 0).any():
             raise ValueError(f"item {int((lengths == 0).argmax())} has an empty index")
-        self.eos = int(eos)
+        self.eos = None if eos is None else int(eos)
         self._build(rows, lengths)
+        if eos is None and bool(((self.item >= 0) & (self.first_child[1:] > self.first_child[:-1])).any()):
+            raise ValueError("without an end-of-sequence token no index may be the beginning of another")
 
     def _build(self, rows: np.ndarray, lengths: np.ndarray | None) -> None:
         order = _sorted_order(rows)
@@ -274,7 +278,8 @@ def beam_search(
         beams = _advance(trie, beams, logits, depth, num_beams, finished)
         if depth == trie.levels or (trie.has_early_ends and finished.full()):
             break
-        logits = state.step(trie.token[beams.node].long().clamp(min=0), beams.parent)
+        if trie.eos is not None or depth + 1 < trie.levels:
+            logits = state.step(trie.token[beams.node].long().clamp(min=0), beams.parent)
     return finished.items, finished.scores
 
 
@@ -284,6 +289,10 @@ def _advance(trie: ItemTrie, beams: _Beams, logits: Tensor, depth: int, num_beam
     Args:
         logits: float `(batch, beams, vocabulary)` after each beam's last token.
     """
+    item = trie.item[beams.node].long()
+    if trie.eos is None and depth == trie.levels:  # `logits` are those of the level before
+        finished.add(item, beams.score)
+        return beams
     logits = logits.float()
     base = beams.score - _logsumexp(logits)
     kept = beams
@@ -295,8 +304,7 @@ def _advance(trie: ItemTrie, beams: _Beams, logits: Tensor, depth: int, num_beam
         best, position = _best(score, keep)
         kept = _Beams(child.flatten(1).gather(1, position), best, position // trie.widths[depth])
     if depth == trie.levels or trie.has_early_ends:
-        item = trie.item[beams.node].long()
-        ended = (base + logits[..., trie.eos]).masked_fill(item < 0, -torch.inf)
+        ended = (beams.score if trie.eos is None else base + logits[..., trie.eos]).masked_fill(item < 0, -torch.inf)
         if trie.widths[depth]:  # an ending counts only among the best `num_beams` candidates, as in `generate`
             candidates = torch.cat([ended, kept.score], 1)
             place = candidates.argsort(dim=1, descending=True, stable=True).argsort(dim=1)

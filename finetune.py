@@ -510,7 +510,14 @@ def make_trainer(run: Run) -> Any:
     args, tasks = run.args, list(dict.fromkeys([*run.train_set.names, "seqrec"]))
     ranking = None
     if args.eval_ranking > 0:
-        ranking = Ranking(run.valid_set, run.tokenizer, args.eval_ranking, args.per_device_batch_size, args.seed)
+        ranking = Ranking(
+            run.valid_set,
+            run.tokenizer,
+            args.eval_ranking,
+            args.per_device_batch_size,
+            args.seed,
+            no_eos=args.no_eos,
+        )
     trainer = RecTrainer(
         model=run.model,
         args=run.training,
@@ -520,7 +527,7 @@ def make_trainer(run: Run) -> Any:
         train_dataset=run.train_set,
         eval_dataset=run.valid_set,
         data_collator=TrainCollator(
-            run.tokenizer, args.model_max_length, args.only_train_response, args.packing, tasks
+            run.tokenizer, args.model_max_length, args.only_train_response, args.packing, tasks, args.no_eos
         ),
         processing_class=run.tokenizer,
         callbacks=[Epochs(run.train_set), RunLog(run.folder / "train.log")],

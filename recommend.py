@@ -65,10 +65,11 @@ class Recommender:
         form: HistoryFormat | None = None,
         num_beams: int = 20,
         prompt_id: int | None = None,
+        no_eos: bool = False,
     ):
         self.data, self.prompts, self.form = data, prompts, form or HistoryFormat()
         self.num_beams, self.prompt_id = num_beams, prompt_id
-        self.scorer = Scorer(model, tokenizer, data, num_beams)
+        self.scorer = Scorer(model, tokenizer, data, num_beams, no_eos=no_eos)
         self.shared: Template | None = None  # the template whose beginning the scorer holds
         self.alike: dict[int, list[int]] = defaultdict(list)  # lowest id → all items with its index
         for item, first in enumerate(data.canonical):
@@ -306,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
         pack_linears(model)
         prompts = load_prompts(args.prompt_file)
     form = HistoryFormat(args.max_his_len, args.add_prefix, args.his_sep)
-    recommender = Recommender(model, tokenizer, data, prompts, form, args.num_beams, args.prompt_id)
+    recommender = Recommender(model, tokenizer, data, prompts, form, args.num_beams, args.prompt_id, args.no_eos)
     table = sys.stdout.isatty() if args.format == "auto" else args.format == "table"
     requests = [recommender.request(content, args.top_k, args.exclude_history) for content in asked(args, data)]
     for start in range(0, len(requests), args.batch_size):

@@ -101,7 +101,7 @@ def run(args: argparse.Namespace, single: bool) -> dict[str, Any]:
         dtype = DTYPES.get(args.dtype)
         model, tokenizer = load_for_test(args.ckpt_path, args.base_model, args.lora, device, dtype)
         pack_linears(model)
-        scorer = Scorer(model, tokenizer, data, args.num_beams, args.test_batch_size)
+        scorer = Scorer(model, tokenizer, data, args.num_beams, args.test_batch_size, args.no_eos)
         progress = Progress(len(missing), args.metrics)
         for prompt in prompt_ids:
             template = prompts.of(task)[prompt]
@@ -303,10 +303,12 @@ class Scorer:
     data: RecData
     num_beams: int
     batch_size: int | str = 1
+    no_eos: bool = False
 
     def __post_init__(self) -> None:
         self.device = next(self.model.parameters()).device
-        self.trie = ItemTrie(item_token_ids(self.tokenizer, self.data), self.tokenizer.eos_token_id).to(self.device)
+        end = None if self.no_eos else self.tokenizer.eos_token_id
+        self.trie = ItemTrie(item_token_ids(self.tokenizer, self.data), end).to(self.device)
         self.prefix: PrefixCache | None = None
         self.largest: int | None = None  # prompts that fit the memory, once too many did not
         self.free = on_main(self._free_memory) if self.batch_size == "auto" else 0

@@ -107,11 +107,20 @@ class Ranking:
         batch_size: users per process and call.
     """
 
-    def __init__(self, valid_set: Any, tokenizer: Any, count: int, batch_size: int, seed: int, num_beams: int = 20):
+    def __init__(
+        self,
+        valid_set: Any,
+        tokenizer: Any,
+        count: int,
+        batch_size: int,
+        seed: int,
+        num_beams: int = 20,
+        no_eos: bool = False,
+    ):
         rows = len(valid_set) // valid_set.prompt_num
         self.users = sorted(random.Random(seed).sample(range(rows), min(count, rows)))
         self.valid_set, self.tokenizer, self.num_beams, self.batch_size = valid_set, tokenizer, num_beams, batch_size
-        self.trie = ItemTrie(item_token_ids(tokenizer, valid_set.data), tokenizer.eos_token_id)
+        self.trie = ItemTrie(item_token_ids(tokenizer, valid_set.data), None if no_eos else tokenizer.eos_token_id)
 
     def __call__(self, model: Any) -> dict[str, float]:
         """`{"hit@10": …, "ndcg@10": …}` over the users of all processes, which must all call this."""

@@ -110,14 +110,14 @@ def by_generate(model, catalogue, ids, mask, beams) -> tuple[torch.Tensor, torch
 
 
 @torch.inference_mode()
-def by_brute_force(model, catalogue, ids, mask) -> tuple[list[list[int]], list[list[float]]]:
-    """Oracle: the whole catalogue ranked by log-probabilities from plain passes over prompt + index + EOS."""
+def by_brute_force(model, catalogue, ids, mask, end=(EOS,)) -> tuple[list[list[int]], list[list[float]]]:
+    """Oracle: the whole catalogue ranked by log-probabilities from plain passes over prompt + index + `end`."""
     items, scores = [], []
     for prompt, real in zip(ids, mask, strict=True):
         prompt = prompt[real.bool()]
         found = []
         for row, item in lowest_ids(catalogue).items():
-            answer = torch.tensor([*row, EOS])
+            answer = torch.tensor([*row, *end])
             whole = torch.cat([prompt, answer])[None]
             logits = model(input_ids=whole, attention_mask=torch.ones_like(whole)).logits[0].float().log_softmax(-1)
             found.append((-float(logits[len(prompt) - 1 : -1].gather(1, answer[:, None]).sum()), item))
@@ -172,6 +172,22 @@ def test_with_beams_for_all_items_it_is_brute_force(kind, seed, levels, ragged, 
     items, scores = beam_search(build(kind), trie, ids, mask, trie.size + more)
     assert items.shape == (2, len(set(catalogue)))
     assert_same(items, scores, *by_brute_force(build(kind), catalogue, ids, mask))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10**6), levels=st.integers(1, 4), ragged=st.booleans(), more=st.integers(0, 30))
+def test_without_an_end_token_it_is_brute_force_over_the_index_alone(kind, seed, levels, ragged, more):
+    rng = np.random.default_rng(seed)
+    catalogue = random_catalogue(rng, levels, 25, 4, ragged)
+    if any(a != b and b[: len(a)] == a for a in catalogue for b in catalogue):
+        with pytest.raises(ValueError, match="beginning of another"):
+            ItemTrie(catalogue, None)
+        return
+    trie = ItemTrie(catalogue, None)
+    ids, mask = random_prompts(rng, 2, 9)
+    items, scores = beam_search(build(kind), trie, ids, mask, trie.size + more)
+    assert_same(items, scores, *by_brute_force(build(kind), catalogue, ids, mask, end=()))
 
 
 @pytest.mark.parametrize("kind", ATTENTION)
