@@ -30,7 +30,7 @@ recipe() {
   FINETUNE_RECIPE="--per_device_batch_size 8 --gradient_accumulation_steps $((NPROC == 1 ? 2 : 1)) --learning_rate 4e-3 --epochs 1
     --weight_decay 0.01 --warmup_ratio 0.05 --logging_step 100 --no-gradient_checkpointing --packing
     --tasks seqrec,item2index,index2item,fusionseqrec,itemsearch,preferenceobtain
-    --train_prompt_sample_num 1,1,1,1,1,1 --train_data_sample_num 20000,0,0,1000,0,0 --his_sep= --eval_ranking 300"
+    --train_prompt_sample_num 1,1,1,1,1,1 --train_data_sample_num 32000,0,0,1000,0,0 --his_sep= --eval_ranking 300"
   TEST_RECIPE="--num_beams 20 --test_batch_size auto --test_prompt_ids 0 --his_sep="
   TEST_NPROC=1
 }
