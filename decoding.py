@@ -233,6 +233,7 @@ def beam_search(
     attention_mask: Tensor,
     num_beams: int,
     prefix: PrefixCache | None = None,
+    stop_early: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The best items for each prompt by constrained beam search.
 
@@ -248,6 +249,9 @@ def beam_search(
         num_beams: how many beams are kept, and how many items come back (fewer if the catalogue is smaller).
         prefix: a beginning that all prompts share (as far as they do), read before; otherwise what the prompts of the
             batch have in common is read once for the batch.
+        stop_early: where indices differ in length, leave out the passes after the last that can change a result. With
+            `prefix` and without this every call has the same number of passes, as processes that share one model's weights
+            (ZeRO-3) must have.
 
     Returns:
         items: int64 `(batch, min(num_beams, trie.size))`, existing items, best first, none twice; where several items
@@ -276,7 +280,7 @@ def beam_search(
     logits = state.prompt_logits()
     for depth in range(trie.levels + 1):
         beams = _advance(trie, beams, logits, depth, num_beams, finished)
-        if depth == trie.levels or (trie.has_early_ends and finished.full()):
+        if depth == trie.levels or (stop_early and trie.has_early_ends and finished.full()):
             break
         if trie.eos is not None or depth + 1 < trie.levels:
             logits = state.step(trie.token[beams.node].long().clamp(min=0), beams.parent)

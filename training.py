@@ -23,9 +23,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
-from collator import IGNORE, TestCollator
+from collator import IGNORE, TestCollator, encode_prompts
 from data import ITEM_TOKEN
-from decoding import ItemTrie, beam_search
+from decoding import ItemTrie, PrefixCache, beam_search
 from metrics.ranking import hit, ndcg, rank_of
 from modeling import full_state, item_token_ids
 from packing import PACKED, LabelledHead
@@ -127,22 +127,31 @@ class Ranking:
         attention = model.config._attn_implementation
         model.set_attn_implementation("sdpa" if attention == PACKED else attention)
         sums = torch.zeros(3, dtype=torch.float64, device=model.device)
-        # as many calls on every process: ZeRO-3 gathers weights together
+        prefix = self._prefix(model)
+        # as many calls on every process, and as many passes in each: ZeRO-3 gathers weights together
         for start in range(rank(), len(self.users) + rank(), self.batch_size * world_size()):
             users = [self.users[i] for i in range(start, len(self.users), world_size())[: self.batch_size]]
-            for place in self._places(model, users or self.users[:1])[: len(users)]:
+            for place in self._places(model, users or self.users[:1], prefix)[: len(users)]:
                 sums += torch.tensor([hit(place, 10), ndcg(place, 10), 1.0], dtype=torch.float64, device=model.device)
         model.set_attn_implementation(attention)
         hits, gains, count = sum_over_processes(sums).tolist()
         return {"hit@10": hits / count, "ndcg@10": gains / count}
 
+    def _prompts(self, users: list[int]) -> list[str]:
+        return [self.valid_set[user * self.valid_set.prompt_num]["prompt"] for user in users]
+
+    def _prefix(self, model: Any) -> PrefixCache:
+        """What the prompts begin with, read once: `beam_search` would read it in a pass of its own for two prompts, not for one."""
+        ids = encode_prompts(self.tokenizer, self._prompts(self.users[:32]))
+        return PrefixCache(model, os.path.commonprefix(ids) or ids[0][:1])
+
     @torch.no_grad()
-    def _places(self, model: Any, users: list[int]) -> list[int]:
+    def _places(self, model: Any, users: list[int], prefix: PrefixCache) -> list[int]:
         """The rank of each user's validation item, from 0; -1 if it is not among the beams."""
-        data, each = self.valid_set.data, self.valid_set.prompt_num
-        batch = TestCollator(self.tokenizer)([self.valid_set[user * each]["prompt"] for user in users])
+        data = self.valid_set.data
+        batch = TestCollator(self.tokenizer)(self._prompts(users))
         ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
-        items, _ = beam_search(model, self.trie.to(model.device), ids, mask, self.num_beams)
+        items, _ = beam_search(model, self.trie.to(model.device), ids, mask, self.num_beams, prefix, stop_early=False)
         targets = [data.canonical[self.valid_set.sample(user).target] for user in users]
         return [rank_of(target, row) for target, row in zip(targets, items.tolist(), strict=True)]
 

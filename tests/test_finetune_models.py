@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune
 from collator import encode_samples
-from data import HistoryFormat, TaskValidSet, load_data
+from data import HistoryFormat, TaskValidSet, ValidSet, load_data
 from modeling import add_item_tokens, grow_vocabulary, load_model, load_tokenizer
 from prompt import load_prompts
 
@@ -242,3 +242,31 @@ def test_loss_by_task_and_validation_in_the_log(tmp_path):
     log = (tmp_path / "out" / "train.log").read_text().splitlines()
     assert len(log) == len(lines) + 3
     json.dumps(history)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_every_process_ranks_in_as_many_passes_as_the_others(tmp_path, monkeypatch, ragged):
+    """Under ZeRO-3 a pass gathers weights from all: one process with a pass more would wait for the others for ever."""
+    from training import Ranking
+
+    make_model("llama", tmp_path / "base")
+    write_dataset(tmp_path / "data")
+    if ragged:
+        path = tmp_path / "data/Toy/Toy.index.json"
+        index = json.loads(path.read_text())
+        path.write_text(json.dumps(index | {i: row[:2] for i, row in index.items() if row[0] == "<a_1>"}))
+    model, _ = prepared(tmp_path)
+    tokenizer = load_tokenizer(tmp_path / "base")
+    add_item_tokens(tokenizer, ITEM_TOKENS)
+    data = load_data(str(tmp_path / "data"), "Toy")
+    valid = ValidSet(data, load_prompts(None), HistoryFormat(), 42, prompt_num=1)
+    ranking = Ranking(valid, tokenizer, 11, 4, seed=42, num_beams=4)  # 6 and 5 users: last calls of two and of one
+    ranking(model.eval())  # the trial of the model's attention comes once, on every process
+    passes = [0, 0]
+    count = model.register_forward_hook(lambda *_: passes.__setitem__(rank, passes[rank] + 1))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        ranking(model)
+    count.remove()
+    assert passes[0] == passes[1] > 0
