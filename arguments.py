@@ -85,6 +85,11 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     """Optimiser, schedule, LoRA, precision, DeepSpeed."""
     group = parser.add_argument_group("training")
     add = group.add_argument
+    add(
+        "--init_item_tokens",
+        metavar="NPY",
+        help="item embeddings, (items, dim): a new token's row starts as the mean of its items'; drawn at random if absent",
+    )
     add("--optim", default="adamw_torch", help="a transformers optimiser name (adamw_torch, adamw_bnb_8bit, …)")
     add("--epochs", type=float, default=4, help="passes over the training samples")
     add("--learning_rate", type=float, default=2e-5, help="peak learning rate")

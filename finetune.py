@@ -61,6 +61,7 @@ FREE_ON_RESUME = {
         "base_model",
         "deepspeed",
         "prompt_file",
+        "init_item_tokens",
     ),
     *("logging_step", "report_to", "save_total_limit", "gradient_checkpointing", "eval_task_samples"),
 }
@@ -339,7 +340,7 @@ def fingerprint(base_model: str) -> str:
 def record(args: argparse.Namespace, data: RecData, train: TrainSet, valid: ValidSet) -> dict[str, Any]:
     """What the run is made of, for `run.json`."""
     files = dict(data.files)
-    for flag in ("prompt_file", "deepspeed"):
+    for flag in ("prompt_file", "deepspeed", "init_item_tokens"):
         if getattr(args, flag):
             files[flag] = Path(getattr(args, flag))
     return {
@@ -483,7 +484,13 @@ def prepare(args: argparse.Namespace, trainer_of: Callable[[Run], Any] | None = 
         clear_partial(folder)
         with disk_full_is_said(folder / PREPARED, "the base model with the item tokens"):
             prepare_base(
-                args.base_model, folder / PREPARED, data.item_tokens, args.seed, args.model_max_length, args.packing
+                args.base_model,
+                folder / PREPARED,
+                data.item_tokens,
+                args.seed,
+                args.model_max_length,
+                args.packing,
+                start=(Path(args.init_item_tokens), data) if args.init_item_tokens else None,
             )
         if args.overwrite_output_dir and not args.resume_from_checkpoint:
             remove_run(folder)

@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -19,6 +20,7 @@ from arguments import comma_list
 from collator import adds_bos
 from convert.hub import local_or_hub
 from data import RecData
+from decoding import ItemTrie
 from utils import UserError, is_main, local_rank, say
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -88,6 +90,19 @@ def item_token_ids(tokenizer: Any, data: RecData) -> list[tuple[int, ...]]:
     return [tuple(vocab[token] for token in index) for index in data.indices]
 
 
+def item_trie(tokenizer: Any, data: RecData, no_eos: bool = False) -> ItemTrie:
+    """The items' indices as a tree of token ids, each ended by the end-of-sequence token unless `no_eos`.
+
+    Raises:
+        UserError: the tokenizer lacks item tokens, or, with `no_eos`, an index is the beginning of another.
+    """
+    rows = item_token_ids(tokenizer, data)
+    try:
+        return ItemTrie(rows, None if no_eos else tokenizer.eos_token_id)
+    except ValueError as error:
+        raise UserError(f"{data.files.get('index', data.name)}: {error}{' (--no_eos)' if no_eos else ''}") from error
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text that says something."""
     if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to load it all the same
@@ -110,11 +125,53 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, **more: Any) 
         raise UserError(f"{path}: no model can be loaded ({first_line(error)})") from error
 
 
-def grow_vocabulary(model: PreTrainedModel, tokenizer: Any, new_ids: list[int]) -> None:
+def rows_from_embeddings(path: Path, data: RecData, tokens: list[str], width: int) -> torch.Tensor:
+    """A start for the rows of `tokens`: what the embeddings of the items that have a token have in common.
+
+    Embeddings are centred, scaled to length 1 and turned to their principal components; a token's row is the mean over its
+    items. Components beyond `width` are left out, and where there are fewer the rest is 0.
+
+    Args:
+        path: a `.npy` of (items, dim), such as `<D>.emb-minilm-td.npy`.
+
+    Returns:
+        float32 (len(tokens), width), each row with root mean square 1.
+
+    Raises:
+        UserError: the file is no finite array with a row for each item.
+    """
+    try:
+        vectors = np.load(path, allow_pickle=False).astype(np.float32)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--init_item_tokens {path}: no array can be loaded ({first_line(error)})") from error
+    if vectors.ndim != 2 or len(vectors) != len(data.titles) or not np.isfinite(vectors).all():
+        raise UserError(
+            f"--init_item_tokens {path}: shape {vectors.shape}; needed: a row of finite numbers for each of "
+            f"the {len(data.titles)} items"
+        )
+    vectors -= vectors.mean(axis=0)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
+    left, scale, _ = np.linalg.svd(vectors - vectors.mean(axis=0), full_matrices=False)
+    parts = torch.from_numpy((left * scale)[:, :width])
+    number = {token: place for place, token in enumerate(tokens)}
+    rows = torch.zeros(len(tokens), width)
+    for item, index in enumerate(data.indices):
+        for token in index:
+            if token in number:
+                rows[number[token], : parts.shape[1]] += parts[item]
+    return rows / rows.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-12)
+
+
+def grow_vocabulary(
+    model: PreTrainedModel, tokenizer: Any, new_ids: list[int], rows: torch.Tensor | None = None
+) -> None:
     """Give the model a row for every token, never taking one away, and initialise the rows of `new_ids`.
 
     Rows are drawn as the model draws embeddings: normal with `initializer_range`. Some models have more rows than their
     tokenizer has tokens; an item token that falls on such a spare row is drawn anew too.
+
+    Args:
+        rows: start from these instead, float (len(new_ids), width), times `initializer_range`.
     """
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -123,7 +180,8 @@ def grow_vocabulary(model: PreTrainedModel, tokenizer: Any, new_ids: list[int]) 
     matrices = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m}
     with torch.no_grad():
         for weight in matrices.values():
-            weight[new_ids] = torch.empty(len(new_ids), weight.shape[1]).normal_(std=spread).to(weight)
+            drawn = torch.empty(len(new_ids), weight.shape[1]).normal_(std=spread) if rows is None else rows * spread
+            weight[new_ids] = drawn.to(weight)
 
 
 def has_item_tokens(path: str | Path, tokens: list[str]) -> bool:
@@ -139,12 +197,14 @@ def prepare_base(
     seed: int,
     model_max_length: int = 2048,
     packing: bool = False,
+    start: tuple[Path, RecData] | None = None,
 ) -> None:
     """Write to `target` the base model with the item tokens added, in the base's own dtype.
 
-    The new rows depend on `seed` alone. Run this on one process, before any ZeRO-3 context.
+    The new rows depend on `seed` alone, or on `start`. Run this on one process, before any ZeRO-3 context.
 
     Args:
+        start: item embeddings that the new rows start from, and their items (`rows_from_embeddings`).
         packing: make sure that the model keeps packed samples apart (`packing.check_packing`).
     """
     base_model = local_or_hub(base_model, "--base_model")
@@ -152,7 +212,11 @@ def prepare_base(
     model = load_model(base_model)
     new_ids = add_item_tokens(tokenizer, tokens)
     torch.manual_seed(seed)
-    grow_vocabulary(model, tokenizer, new_ids)
+    rows = None
+    if start is not None:
+        new_tokens = tokenizer.convert_ids_to_tokens(new_ids)
+        rows = rows_from_embeddings(*start, new_tokens, model.get_input_embeddings().weight.shape[1])
+    grow_vocabulary(model, tokenizer, new_ids, rows)
     model.config.pad_token_id = tokenizer.pad_token_id
     if packing:
         from packing import check_packing

@@ -47,7 +47,7 @@ for seed in ${SEEDS:-42 43 44}; do
   if [ ! -e "$run/model/config.json" ]; then
     python finetune.py --base_model "$run/base" --output_dir "$run/model" --overwrite_output_dir "${form[@]}" --seed "$seed" \
       --deepspeed none --packing --no-gradient_checkpointing --tasks seqrec --train_prompt_sample_num 1 --train_data_sample_num 0 \
-      --longest_history_only --per_device_batch_size 64 --gradient_accumulation_steps 1 --epochs "$EPOCHS" \
+      --longest_history_only --init_item_tokens "$stem.emb-minilm-td.npy" --per_device_batch_size 64 --gradient_accumulation_steps 1 --epochs "$EPOCHS" \
       --learning_rate "$LEARNING_RATE" --warmup_ratio 0.05 --logging_step 50 --valid_prompt_sample_num 1 --eval_ranking 1000000 \
       --select_by ndcg@10 --save_total_limit 1
   fi

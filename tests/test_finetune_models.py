@@ -12,10 +12,11 @@ from tiny_models import ARCHITECTURES, make_model, write_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune
-from collator import encode_samples
+from collator import TrainCollator, encode_samples
 from data import HistoryFormat, TaskValidSet, ValidSet, load_data
-from modeling import add_item_tokens, grow_vocabulary, load_model, load_tokenizer
+from modeling import add_item_tokens, grow_vocabulary, item_trie, load_model, load_tokenizer
 from prompt import load_prompts
+from utils import UserError
 
 _SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
 ITEM_TOKENS = sorted({f"<a_{i}>" for i in range(5)} | {f"<b_{i}>" for i in range(6)} | {f"<c_{i}>" for i in range(3)})
@@ -81,6 +82,29 @@ def used_tokens(folder: Path, options: list[str]) -> set[int]:
     samples = [train_set[i] for i in range(len(train_set))]
     rows, _ = encode_samples(tokenizer, [s["prompt"] for s in samples], [s["response"] for s in samples], 2048)
     return {token for row in rows for token in row} | {tokenizer.pad_token_id, 0}
+
+
+def test_new_rows_can_start_from_the_items_embeddings(tmp_path):
+    import numpy as np
+
+    from modeling import rows_from_embeddings
+
+    write_dataset(tmp_path / "data")
+    data = load_data(str(tmp_path / "data"), "Toy")
+    vectors = np.random.default_rng(0).normal(size=(len(data.titles), 6)).astype(np.float32)
+    np.save(tmp_path / "e.npy", vectors)
+    rows = rows_from_embeddings(tmp_path / "e.npy", data, data.item_tokens, 8)
+    assert torch.allclose(rows.square().mean(1), torch.ones(len(rows))) and not rows[:, 6:].any()
+    # turning to principal components keeps inner products: those of the tokens' mean embeddings
+    unit = vectors - vectors.mean(0)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    unit -= unit.mean(0)
+    means = np.stack([unit[[token in index for index in data.indices]].mean(0) for token in data.item_tokens])
+    means /= np.sqrt((means**2).sum(1, keepdims=True) / 8)
+    assert np.allclose(rows @ rows.T, means @ means.T, atol=1e-4)
+    np.save(tmp_path / "e.npy", vectors[1:])
+    with pytest.raises(UserError, match="a row of finite numbers for each"):
+        rows_from_embeddings(tmp_path / "e.npy", data, data.item_tokens, 8)
 
 
 @pytest.mark.parametrize("legacy", [True, False])
