@@ -29,10 +29,10 @@ from tqdm import tqdm
 from arguments import TEST_TASKS, add_data, add_global, add_test, make_parser
 from collator import encode_prompts, pad
 from data import TASKS, HistoryFormat, RecData, TestSet, load_data
-from decoding import ItemTrie, PrefixCache, beam_search, pack_linears
+from decoding import PrefixCache, beam_search, pack_linears
 from evaluate import check_metrics, ranks_of, summarise, too_long
 from metrics.ranking import means, rank_of
-from modeling import DTYPES, item_token_ids, load_for_test, pick_device
+from modeling import DTYPES, item_trie, load_for_test, pick_device
 from prompt import SLOT, Prompts, Template, load_prompts
 from utils import (
     UserError,
@@ -307,8 +307,7 @@ class Scorer:
 
     def __post_init__(self) -> None:
         self.device = next(self.model.parameters()).device
-        end = None if self.no_eos else self.tokenizer.eos_token_id
-        self.trie = ItemTrie(item_token_ids(self.tokenizer, self.data), end).to(self.device)
+        self.trie = item_trie(self.tokenizer, self.data, self.no_eos).to(self.device)
         self.prefix: PrefixCache | None = None
         self.largest: int | None = None  # prompts that fit the memory, once too many did not
         self.free = on_main(self._free_memory) if self.batch_size == "auto" else 0

@@ -25,9 +25,9 @@ from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from collator import IGNORE, TestCollator, encode_prompts
 from data import ITEM_TOKEN
-from decoding import ItemTrie, PrefixCache, beam_search
+from decoding import PrefixCache, beam_search
 from metrics.ranking import hit, ndcg, rank_of
-from modeling import full_state, item_token_ids
+from modeling import full_state, item_trie
 from packing import PACKED, LabelledHead
 from utils import UserError, is_main, rank, world_size
 
@@ -120,7 +120,7 @@ class Ranking:
         rows = len(valid_set) // valid_set.prompt_num
         self.users = sorted(random.Random(seed).sample(range(rows), min(count, rows)))
         self.valid_set, self.tokenizer, self.num_beams, self.batch_size = valid_set, tokenizer, num_beams, batch_size
-        self.trie = ItemTrie(item_token_ids(tokenizer, valid_set.data), None if no_eos else tokenizer.eos_token_id)
+        self.trie = item_trie(tokenizer, valid_set.data, no_eos)
 
     def __call__(self, model: Any) -> dict[str, float]:
         """`{"hit@10": …, "ndcg@10": …}` over the users of all processes, which must all call this."""
@@ -141,7 +141,7 @@ class Ranking:
         return [self.valid_set[user * self.valid_set.prompt_num]["prompt"] for user in users]
 
     def _prefix(self, model: Any) -> PrefixCache:
-        """What the prompts begin with, read once: `beam_search` would read it in a pass of its own for two prompts, not for one."""
+        """What the prompts begin with, read once: `beam_search` alone has a pass more for two prompts than for one."""
         ids = encode_prompts(self.tokenizer, self._prompts(self.users[:32]))
         return PrefixCache(model, os.path.commonprefix(ids) or ids[0][:1])
 

@@ -294,3 +294,21 @@ def test_every_process_ranks_in_as_many_passes_as_the_others(tmp_path, monkeypat
         ranking(model)
     count.remove()
     assert passes[0] == passes[1] > 0
+
+
+def test_without_eos_samples_end_with_the_response_and_indices_end_by_themselves(tmp_path):
+    make_model("llama", tmp_path / "base")
+    write_dataset(tmp_path / "data")
+    tokenizer = load_tokenizer(tmp_path / "base")
+    add_item_tokens(tokenizer, ITEM_TOKENS)
+    sample = {"prompt": "desk ", "response": "<a_1><b_0>", "task": "seqrec"}
+    rows = [TrainCollator(tokenizer, no_eos=no_eos)([sample])["input_ids"][0].tolist() for no_eos in (False, True)]
+    assert rows[0] == [*rows[1], tokenizer.eos_token_id]
+    assert rows[1][-2:] == tokenizer.convert_tokens_to_ids(["<a_1>", "<b_0>"])
+
+    assert item_trie(tokenizer, load_data(str(tmp_path / "data"), "Toy"), no_eos=True).eos is None
+    path = tmp_path / "data/Toy/Toy.index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps(index | {"16": index["1"][:2]}))
+    with pytest.raises(UserError, match=r"Toy.index.json: .*beginning of another \(--no_eos\)$"):
+        item_trie(tokenizer, load_data(str(tmp_path / "data"), "Toy"), no_eos=True)
