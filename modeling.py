@@ -347,7 +347,11 @@ def load_for_test(
     if "/" not in ckpt_path and not Path(ckpt_path).is_dir():  # what is fine-tuned has an owner on the hub
         raise UserError(f"{ckpt_path}: no such folder (--ckpt_path)")
     ckpt_path = local_or_hub(ckpt_path, "--ckpt_path")
-    if Path(ckpt_path).is_dir() and not any(Path(ckpt_path).glob("*config.json")):
+    if not Path(ckpt_path).is_dir():  # whole, so that what follows can tell a model from an adapter
+        from convert.folder import download
+
+        ckpt_path = download(ckpt_path)
+    if not any(Path(ckpt_path).glob("*config.json")):
         raise UserError(f"{ckpt_path}: holds no model (no config.json)")
     if (
         not lora

@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 from convert_parts import delta_parts, run_script, save_model
 from transformers import AutoModelForCausalLM
 
@@ -171,6 +172,8 @@ def reach(monkeypatch, tmp_path):
 
     def connect(port: int = 9) -> None:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
+        files = f"http://127.0.0.1:{port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
 
@@ -222,6 +225,25 @@ def test_the_hub_is_asked_once(tmp_path, hub, reach):
         prepare_base("meta/tinny", tmp_path / "new", [], 0)
     with pytest.raises(UserError, match="no hub id either"):
         local_or_hub("my model")
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_models_and_adapters_of_the_hub_are_scored(tmp_path, hub, reach, lora):
+    from test_convert_lora import IDS, save_adapter
+
+    logits = save_adapter(tmp_path)
+    reach(hub.server_address[1])
+    hub.repos = {"me/base": tmp_path / "base", "me/adapter": tmp_path / "adapter"}
+    if lora:
+        model, _ = load_for_test("me/adapter", str(tmp_path / "base"), lora=True)
+        assert torch.allclose(model(IDS).logits, logits, atol=1e-5)
+        with pytest.raises(UserError, match="is a LoRA adapter; add --lora and --base_model"):
+            load_for_test("me/adapter")
+    else:
+        model, _ = load_for_test("me/base")
+        assert torch.equal(model.lm_head.weight, AutoModelForCausalLM.from_pretrained(tmp_path / "base").lm_head.weight)
+        with pytest.raises(UserError, match="holds no LoRA adapter"):
+            load_for_test("me/base", lora=True)
 
 
 # ---- the model card ----
