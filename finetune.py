@@ -116,6 +116,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.deepspeed = None
     elif not Path(args.deepspeed).is_file():
         raise UserError(f"--deepspeed {args.deepspeed}: no such file (none: plain DDP)")
+    if args.init_item_tokens and not Path(args.init_item_tokens).is_file():
+        raise UserError(f"--init_item_tokens {args.init_item_tokens}: no such file")
     if args.select_by != "loss" and not args.eval_ranking:
         raise UserError(f"--select_by {args.select_by} needs --eval_ranking N")
     if args.train_new_rows_only and not args.lora:

@@ -81,6 +81,7 @@ def test_what_the_command_line_decides_is_auto(name):
         (["--deepspeed", "nowhere.json"], "--deepspeed nowhere.json: no such file"),
         (["--load_in_4bit"], "add --lora"),
         (["--train_new_rows_only"], "add --lora"),
+        (["--init_item_tokens", "nowhere.npy"], "--init_item_tokens nowhere.npy: no such file"),
         (["--select_by", "ndcg@10"], "needs --eval_ranking"),
         (["--tasks", "seqrec,nonsense"], "unknown task 'nonsense'"),
         (["--tasks", "seqrec"], "--train_prompt_sample_num has 6 numbers"),
