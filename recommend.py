@@ -157,7 +157,11 @@ class Recommender:
         has = {"query", "item"} if request.query else {"inters", "item"}
         templates = self.prompts.of(task)
         fitting = [n for n, t in enumerate(templates) if t.slots <= has and t.response.startswith("{item}")]
-        if self.prompt_id is None and fitting:
+        if not fitting:
+            raise UserError(
+                f"no template of {task} has {' and '.join(sorted(has - {'item'}))} alone and answers with an item"
+            )
+        if self.prompt_id is None:
             return templates[fitting[0]]
         if self.prompt_id not in fitting:
             raise UserError(
