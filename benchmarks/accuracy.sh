@@ -3,6 +3,7 @@
 #
 #   bash benchmarks/accuracy.sh                         flat indices (one token an item), seeds 42 43 44; prints a table
 #   METHOD=rqvae bash benchmarks/accuracy.sh            three levels of 64 codes from the texts
+#   NAME=x FINETUNE_FLAGS="--epochs 20" bash benchmarks/accuracy.sh        another recipe, in folders of its own
 #   DATASET=Mine SOURCE=./data/Mine bash benchmarks/accuracy.sh
 #
 # SOURCE (../shared/data/Office) holds <DATASET>.inter.json and <DATASET>.item.json. A LLaMA of 1.8 million parameters with two
@@ -16,6 +17,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 DATASET="${DATASET:-Office}"
 SOURCE="${SOURCE:-../shared/data/$DATASET}"
 METHOD="${METHOD:-flat}"
+NAME="${NAME:-$METHOD}"
 EPOCHS="${EPOCHS:-$([ "$METHOD" = flat ] && echo 8 || echo 20)}"
 LEARNING_RATE="${LEARNING_RATE:-$([ "$METHOD" = flat ] && echo 2e-3 || echo 3e-3)}"
 work="./ckpt/accuracy/$DATASET"
@@ -40,20 +42,21 @@ fi
 results=()
 form=(--data_path "$work" --dataset "$DATASET" --index_file ".$METHOD.json" --prompt_file config/short_prompts.json --his_sep= --no_eos)
 for seed in ${SEEDS:-42 43 44}; do
-  run="$work/$METHOD-seed$seed"
+  run="$work/$NAME-seed$seed"
   if [ ! -e "$run/base/config.json" ]; then
     python data_process/base_model.py tiny --data_path "$work" --dataset "$DATASET" --target "$run/base" --layers 2 --seed "$seed"
   fi
   if [ ! -e "$run/model/config.json" ]; then
+    # shellcheck disable=SC2086
     python finetune.py --base_model "$run/base" --output_dir "$run/model" --overwrite_output_dir "${form[@]}" --seed "$seed" \
       --deepspeed none --packing --no-gradient_checkpointing --tasks seqrec --train_prompt_sample_num 1 --train_data_sample_num 0 \
       --longest_history_only --init_item_tokens "$stem.emb-minilm-td.npy" --per_device_batch_size 64 --gradient_accumulation_steps 1 --epochs "$EPOCHS" \
       --learning_rate "$LEARNING_RATE" --warmup_ratio 0.05 --logging_step 50 --valid_prompt_sample_num 1 --eval_ranking 1000000 \
-      --select_by ndcg@10 --save_total_limit 1
+      --select_by ndcg@10 --save_total_limit 1 ${FINETUNE_FLAGS:-}
   fi
   python test.py --ckpt_path "$run/model" --results_file "$run/result.json" "${form[@]}" --seed "$seed" --num_beams 20 \
     --test_batch_size auto
   results+=("$run/result.json")
 done
 python report.py --results_file "${results[@]}" --data_path "$work" --dataset "$DATASET" --index_file ".$METHOD.json" \
-  --table_file "$work/$METHOD.table.md"
+  --table_file "$work/$NAME.table.md"
