@@ -578,8 +578,8 @@ def _trial(model: PreTrainedModel) -> bool:
 
     Two prompts with a common beginning, one of them padded; three beams, some of which continue the same one.
     """
-    embeddings = model.get_input_embeddings().weight
-    device, count = embeddings.device, embeddings.shape[0]
+    # not the embedding's shape: under ZeRO-3 the weight may be away until a pass gathers it
+    device, count = model.device, model.config.get_text_config(decoder=True).vocab_size
     long, short = 2 * SHORTEST_PREFIX, 2 * SHORTEST_PREFIX - 3
     prompts = (torch.arange(long, device=device) * 7 + 1).expand(2, -1) % count
     prompts = torch.cat([prompts[:1], prompts[1:].roll(long - short, 1)])

@@ -251,6 +251,22 @@ def test_eager_attention_finds_the_same():
     assert_same(*beam_search(build("llama", attention="eager"), trie, ids, mask, 10), *wanted)
 
 
+def test_weights_may_be_away_between_passes():
+    """ZeRO-3 keeps parts of large weights and gathers them whole for as long as their layer computes."""
+    rng = np.random.default_rng(7)
+    trie = ItemTrie(random_catalogue(rng, 4, 200, 12, False), EOS)
+    ids, mask = random_prompts(rng, 3, 12)
+    wanted = beam_search(build("llama"), trie, ids, mask, 10)
+    model, away = copy.deepcopy(build("llama")), torch.empty(0)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear | torch.nn.Embedding):
+            whole = layer.weight.data
+            layer.register_forward_pre_hook(lambda layer, _, whole=whole: setattr(layer.weight, "data", whole))
+            layer.register_forward_hook(lambda layer, *_: setattr(layer.weight, "data", away))
+            layer.weight.data = away
+    assert_same(*beam_search(model, trie, ids, mask, 10), *wanted)
+
+
 def test_equal_scores_are_ordered_by_token_on_every_run():
     model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, vocab_size=VOCABULARY)).eval()
     torch.nn.init.zeros_(model.lm_head.weight)  # every token is as likely as any other
