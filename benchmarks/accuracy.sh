@@ -6,8 +6,8 @@
 #   NAME=x FINETUNE_FLAGS="--epochs 20" bash benchmarks/accuracy.sh        another recipe, in folders of its own
 #   DATASET=Mine SOURCE=./data/Mine bash benchmarks/accuracy.sh
 #
-# SOURCE (../shared/data/Office) holds <DATASET>.inter.json and <DATASET>.item.json. A LLaMA of 1.8 million parameters with two
-# layers learns whole histories, without instructions and without an end token (config/short_prompts.json): every item of a
+# SOURCE (../shared/data/Office) holds <DATASET>.inter.json and <DATASET>.item.json. A LLaMA of 1 to 2 million parameters with two
+# layers learns whole histories (the last 20 items), without instructions and without an end token (config/short_prompts.json): every item of a
 # history is predicted once an epoch. The epoch is chosen by NDCG@10 on the validation targets; the test targets are used once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -60,3 +60,4 @@ for seed in ${SEEDS:-42 43 44}; do
 done
 python report.py --results_file "${results[@]}" --data_path "$work" --dataset "$DATASET" --index_file ".$METHOD.json" \
   --table_file "$work/$NAME.table.md"
+if [ -e "$SOURCE/SOURCE.md" ]; then echo "references of $SOURCE/SOURCE.md:"; grep '^|' "$SOURCE/SOURCE.md"; fi
