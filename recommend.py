@@ -32,7 +32,7 @@ from data import HistoryFormat, RecData, clean_title, load_data
 from decoding import pack_linears
 from modeling import DTYPES, load_for_test, pick_device
 from prompt import Prompts, Template, load_prompts
-from scoring import Scorer, check_length
+from scoring import Scorer, check_length, note_other_training
 from utils import UserError, run_main, say, set_seed
 
 
@@ -309,6 +309,7 @@ def main(argv: list[str] | None = None) -> None:
         device = pick_device(args.gpu_id)
         model, tokenizer = load_for_test(args.ckpt_path, args.base_model, args.lora, device, DTYPES.get(args.dtype))
         pack_linears(model)
+        note_other_training(args)
         prompts = load_prompts(args.prompt_file)
     form = HistoryFormat(args.max_his_len, args.add_prefix, args.his_sep)
     recommender = Recommender(model, tokenizer, data, prompts, form, args.num_beams, args.prompt_id, args.no_eos)

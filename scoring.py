@@ -57,6 +57,8 @@ FREE |= {"results_file", "test_batch_size", "test_prompt_ids", "prompt_file", "i
 # Arguments of the data group that concern training alone.
 TRAINING = {"tasks", "only_train_response", "train_prompt_sample_num", "train_data_sample_num", "valid_prompt_id"}
 TRAINING |= {"sample_valid", "valid_prompt_sample_num", "longest_history_only"}
+# Arguments that should be at test time what they were in training.
+PROMPT_FLAGS = ("max_his_len", "add_prefix", "his_sep", "no_eos", "prompt_file")
 
 
 def make_test_parser(description: str) -> argparse.ArgumentParser:
@@ -97,6 +99,7 @@ def run(args: argparse.Namespace, single: bool) -> dict[str, Any]:
     config = describe(args, data, prompts, task, prompt_ids, device)
     store = Store(args.results_file, [(prompt, sample) for prompt in prompt_ids for sample in numbers])
     missing = store.open(config, args.restart)
+    note_other_training(args)
     if missing:
         dtype = DTYPES.get(args.dtype)
         model, tokenizer = load_for_test(args.ckpt_path, args.base_model, args.lora, device, dtype)
@@ -292,6 +295,21 @@ def record(data: RecData, prompt: int, number: int, sample: Any, items: list[int
 
 
 # ---- decoding ----
+
+
+def note_other_training(args: argparse.Namespace) -> None:
+    """Say which flags of the prompts differ from those that the checkpoint was trained with, as its `run.json` tells."""
+    source = Path(args.ckpt_path) / "run.json"
+    if not source.is_file():
+        return
+    trained = read_json(source)
+    trained = trained.get("arguments") if isinstance(trained, dict) else None
+    for flag in PROMPT_FLAGS if isinstance(trained, dict) else ():
+        here, there = getattr(args, flag), trained.get(flag, getattr(args, flag))
+        if flag == "prompt_file":
+            here, there = (str(path and Path(str(path)).name) for path in (here, there))
+        if here != there:
+            say(f"note: --{flag} is {here!r} here, but {source} says that the model was trained with {there!r}")
 
 
 @dataclass

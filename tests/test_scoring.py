@@ -243,6 +243,15 @@ def test_mistakes_are_told(world, tmp_path, flags, message):
         score(world, tmp_path / "r.json", *flags)
 
 
+def test_other_flags_than_in_training_are_noted(world, tmp_path, capsys):
+    shutil.copytree(world / "ckpt", tmp_path / "ckpt")
+    arguments = {"his_sep": "", "no_eos": False, "prompt_file": None, "max_his_len": 20, "learning_rate": 1}
+    (tmp_path / "ckpt" / "run.json").write_text(json.dumps({"arguments": arguments}))
+    score(world, tmp_path / "r.json", "--ckpt_path", str(tmp_path / "ckpt"), "--no_eos")
+    notes = [line for line in capsys.readouterr().out.splitlines() if "was trained with" in line]
+    assert [note.split()[1] for note in notes] == ["--his_sep", "--no_eos"]
+
+
 def test_prompts_of_a_users_own_file(world, tmp_path):
     prompts = {
         "sft_prompt": "{instruction} = {response}",
