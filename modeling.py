@@ -141,7 +141,8 @@ def rows_from_embeddings(path: Path, data: RecData, tokens: list[str], width: in
         UserError: the file is no finite array with a row for each item.
     """
     try:
-        vectors = np.load(path, allow_pickle=False).astype(np.float32)
+        with open(path, "rb") as file:  # an array alone: not the archive that np.load takes too
+            vectors = np.lib.format.read_array(file, allow_pickle=False).astype(np.float32)
     except (OSError, ValueError) as error:
         raise UserError(f"--init_item_tokens {path}: no array can be loaded ({first_line(error)})") from error
     if vectors.ndim != 2 or len(vectors) != len(data.titles) or not np.isfinite(vectors).all():

@@ -105,6 +105,9 @@ def test_new_rows_can_start_from_the_items_embeddings(tmp_path):
     np.save(tmp_path / "e.npy", vectors[1:])
     with pytest.raises(UserError, match="a row of finite numbers for each"):
         rows_from_embeddings(tmp_path / "e.npy", data, data.item_tokens, 8)
+    np.savez(tmp_path / "e.npz", vectors)
+    with pytest.raises(UserError, match="no array can be loaded"):
+        rows_from_embeddings(tmp_path / "e.npz", data, data.item_tokens, 8)
 
 
 @pytest.mark.parametrize("legacy", [True, False])
