@@ -6,11 +6,14 @@ by length, never by the pad id, which may be the EOS id.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from token_store import TokenStore
 
 # Packed rows have a multiple of so many tokens: libraries keep a compiled kernel for each shape that they meet.
 ROUND = 128
@@ -23,26 +26,31 @@ def adds_bos(tokenizer: Any) -> bool:
     return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
 
 
-def encode_prompts(tokenizer: Any, prompts: list[str]) -> list[list[int]]:
-    """Token ids of each prompt, BOS first where the tokenizer adds one, and never an EOS."""
+def encode_prompts(tokenizer: Any, prompts: list[str], store: TokenStore | None = None) -> list[list[int]]:
+    """Token ids of each prompt, BOS first where the tokenizer adds one, and never an EOS; from `store` if there is one."""
     bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-    return [bos + ids for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
+    rows = store.encode(prompts) if store else tokenizer(prompts, add_special_tokens=False)["input_ids"]
+    return [bos + ids for ids in rows]
 
 
 def encode_samples(
-    tokenizer: Any, prompts: list[str], responses: list[str], max_length: int, no_eos: bool = False
+    tokenizer: Any,
+    prompts: list[str],
+    responses: list[str],
+    max_length: int,
+    no_eos: bool = False,
+    store: TokenStore | None = None,
 ) -> tuple[list[list[int]], list[int]]:
     """Token ids of whole samples, cut at `max_length`, and how many of them belong to the prompt.
 
     Prompt and response are tokenised as one text, since tokens may depend on what precedes them; the prompt's part is what
     its own tokenisation shares with the whole.
     """
-    whole = encode_prompts(tokenizer, [prompt + response for prompt, response in zip(prompts, responses, strict=True)])
+    texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    whole = encode_prompts(tokenizer, texts, store)
     samples, lengths, end = [], [], [] if no_eos else [tokenizer.eos_token_id]
-    for ids, prompt in zip(whole, encode_prompts(tokenizer, prompts), strict=True):
-        same = 0
-        while same < min(len(ids), len(prompt)) and ids[same] == prompt[same]:
-            same += 1
+    for ids, prompt in zip(whole, encode_prompts(tokenizer, prompts, store), strict=True):
+        same = len(os.path.commonprefix([ids, prompt]))
         samples.append((ids + end)[:max_length])
         lengths.append(min(same, max_length))
     return samples, lengths
@@ -87,6 +95,7 @@ class TrainCollator:
         tasks: task names; adds `tasks`, the position in it of each token's sample's task, in the shape of `labels`, and
             `seen`, how many tokens and samples the batch has.
         no_eos: samples end with the response.
+        store: where tokens are kept; None: the tokenizer reads each text anew. The batches are the same.
     """
 
     tokenizer: Any
@@ -95,10 +104,11 @@ class TrainCollator:
     packing: bool = False
     tasks: list[str] | None = None
     no_eos: bool = False
+    store: TokenStore | None = None
 
     def __call__(self, samples: list[dict[str, str]]) -> dict[str, Any]:
         prompts, responses = [s["prompt"] for s in samples], [s["response"] for s in samples]
-        ids, lengths = encode_samples(self.tokenizer, prompts, responses, self.max_length, self.no_eos)
+        ids, lengths = encode_samples(self.tokenizer, prompts, responses, self.max_length, self.no_eos, self.store)
         if not self.only_train_response:
             lengths = [0] * len(ids)
         labels = [[IGNORE] * n + row[n:] for row, n in zip(ids, lengths, strict=True)]

@@ -37,6 +37,7 @@ from arguments import add_data, add_global, add_train, comma_list, make_parser, 
 from collator import TrainCollator
 from data import TASKS, HistoryFormat, RecData, TaskValidSet, TrainSet, ValidSet, load_data
 from prompt import load_prompts
+from token_store import TokenStore
 from utils import (
     UserError,
     is_main,
@@ -64,9 +65,11 @@ FREE_ON_RESUME = {
         "init_item_tokens",
     ),
     *("logging_step", "report_to", "save_total_limit", "gradient_checkpointing", "eval_task_samples"),
+    "token_cache",
 }
 OWN_TENSORBOARD_DIR = "TENSORBOARD_LOGGING_DIR" in os.environ  # else each run of this process gets its own below
 PREPARED = "base_with_item_tokens"  # folder in output_dir, removed at the end
+TOKENS = "tokens"  # the same, unless --token_cache names another place
 
 
 def quiet() -> None:
@@ -94,6 +97,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=100,
         metavar="N",
         help="samples of each task but seqrec whose loss is logged at each evaluation; 0: none",
+    )
+    parser.add_argument(
+        "--token_cache",
+        metavar="DIR",
+        help="keep the texts' tokens in DIR, for other runs with the same tokenizer too; none: tokenise every time; "
+        "if absent: in --output_dir until the run has ended",
     )
     args = parser.parse_args(argv)
     parse_tasks(args)
@@ -199,6 +208,7 @@ def remove_run(folder: Path) -> None:
         "checkpoint-*",
         "final-checkpoint-*",
         "runs",
+        TOKENS,
         "run.json",
         "train.log",
         "*.safetensors",
@@ -527,6 +537,7 @@ def make_trainer(run: Run) -> Any:
             args.seed,
             no_eos=args.no_eos,
         )
+    store = token_store(run)
     trainer = RecTrainer(
         model=run.model,
         args=run.training,
@@ -536,16 +547,31 @@ def make_trainer(run: Run) -> Any:
         train_dataset=run.train_set,
         eval_dataset=run.valid_set,
         data_collator=TrainCollator(
-            run.tokenizer, args.model_max_length, args.only_train_response, args.packing, tasks, args.no_eos
+            run.tokenizer, args.model_max_length, args.only_train_response, args.packing, tasks, args.no_eos, store
         ),
         processing_class=run.tokenizer,
-        callbacks=[Epochs(run.train_set), RunLog(run.folder / "train.log")],
+        callbacks=[Epochs(run.train_set, store), RunLog(run.folder / "train.log")],
     )
     for chatty in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(chatty)
     if sys.stderr.isatty():
         trainer.add_callback(Bar)
     return trainer
+
+
+def token_store(run: Run) -> TokenStore | None:
+    """Where the texts' tokens are kept, or None for a tokenizer whose texts cannot be put together from pieces."""
+    if (run.args.token_cache or "").lower() == "none":
+        return None
+    every = max(1, len(run.train_set) // 50)
+    samples = [run.train_set[i] for i in range(0, len(run.train_set), every)]
+    try:
+        store = TokenStore(run.tokenizer, run.args.token_cache or run.folder / TOKENS)
+        store.check(run.tokenizer, [sample["prompt"] + sample["response"] for sample in samples])
+    except ValueError as reason:
+        say(f"note: texts are tokenised anew for every batch ({reason})")
+        return None
+    return store
 
 
 def task_samples(run: Run) -> TaskValidSet | None:
@@ -568,6 +594,9 @@ def main(argv: list[str] | None = None) -> None:
     run = prepare(args)
     run.trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     save_final(run.trainer, run.tokenizer, run.folder, args.lora)
+    if store := run.trainer.data_collator.store:
+        say(f"tokens: {store.tokenised:,} texts tokenised, {store.found:,} times met again")
+    shutil.rmtree(run.folder / TOKENS, ignore_errors=True)  # each node's own, if they share no disk
     if is_main():
         shutil.rmtree(run.folder / PREPARED)
 

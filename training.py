@@ -88,14 +88,16 @@ class Bar(ProgressCallback):
 
 
 class Epochs(TrainerCallback):
-    """Tells the training set which epoch begins, so that it draws that epoch's templates."""
+    """Tells the training set which epoch begins, so that it draws that epoch's templates; `store` looks for new tokens."""
 
-    def __init__(self, train_set: Any):
-        self.train_set = train_set
+    def __init__(self, train_set: Any, store: Any = None):
+        self.train_set, self.store = train_set, store
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """`state.epoch` counts whole and partial epochs; a resumed run begins inside one."""
         self.train_set.set_epoch(int(state.epoch or 0))
+        if self.store is not None:
+            self.store.refresh()
 
 
 class Ranking:

@@ -181,30 +181,46 @@ def test_kill_minus_nine_then_resume_equals_the_run_without_interruption(world, 
     flags = ["--deepspeed", "none", "--save_and_eval_strategy", "epoch", "--epochs", "3"]
     inside(command(world, *flags, out="whole"))
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    victim = subprocess.Popen(
-        command(world, *flags, "--resume_from_checkpoint", "auto", out="cut"),
-        env=env,
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
     log = world / "cut" / "train.log"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (log.is_file() and "step 12/" in log.read_text()):
-        time.sleep(0.02)
-    victim.send_signal(signal.SIGKILL)
-    victim.wait()
-    assert not (world / "cut" / "config.json").exists(), "it was killed too late"
+    for step in (3, 12, 18):  # before the first checkpoint, and within each later epoch
+        victim = subprocess.Popen(
+            command(world, *flags, "--resume_from_checkpoint", "auto", out="cut"),
+            env=env,
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not (log.is_file() and f"step {step}/" in log.read_text()):
+            time.sleep(0.02)
+        victim.send_signal(signal.SIGKILL)
+        victim.wait()
+        assert f"step {step}/" in log.read_text()
+        assert not (world / "cut" / "config.json").exists(), "it was killed too late"
+        assert list((world / "cut" / "tokens").rglob("*.tokens"))
     unfinished = world / "cut" / ".checkpoint-99.partial"  # a save that was cut off
     unfinished.mkdir()
     inside(command(world, *flags, "--resume_from_checkpoint", "auto", out="cut"))
     text = capsys.readouterr().out
-    assert "resuming from" in text and "checkpoint-8" in text
-    assert not unfinished.exists()
+    assert "resuming from" in text and "checkpoint-16" in text
+    assert not unfinished.exists() and not (world / "cut" / "tokens").exists()
     last = max((world / "whole").glob("checkpoint-*"), key=lambda path: int(path.name[11:])).name
     assert losses(world / "whole" / last) == losses(world / "cut" / last)
     one, other = (load_file(world / name / "model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.slow
+def test_a_second_run_tokenises_nothing_and_trains_the_same(world, capsys):
+    flags = ["--deepspeed", "none", "--epochs", "1", "--packing", "--token_cache"]
+    curves = []
+    for out, cache in (("anew", "none"), ("first", str(world / "cache")), ("second", str(world / "cache"))):
+        inside(command(world, *flags, cache, out=out))
+        curves.append(losses(next((world / out).glob("checkpoint-*"))))
+        said = capsys.readouterr().out
+        assert ("tokens: 0 texts tokenised" in said) == (out == "second") and ("tokens: " in said) == (cache != "none")
+    assert curves[0] == curves[1] == curves[2] and len(curves[0]) == 8
+    assert len(list((world / "cache").rglob("*.tokens"))) == 1
 
 
 @pytest.mark.slow
