@@ -176,15 +176,31 @@ def test_two_processes_without_deepspeed_have_the_losses_of_one(world):
         torch.testing.assert_close(tuned[0][key], tuned[1][key], atol=1e-4, rtol=1e-2)
 
 
+THREE_EPOCHS = ("--deepspeed", "none", "--save_and_eval_strategy", "epoch", "--epochs", "3")
+
+
+@pytest.fixture(scope="module")
+def whole(world) -> Path:
+    """The folder of a run of three epochs in one process, never interrupted: 24 steps."""
+    inside(command(world, *THREE_EPOCHS, out="whole"))
+    return world / "whole"
+
+
+def check_equal_runs(one: Path, other: Path) -> None:
+    """The same losses and, to the bit, the same weights."""
+    last = max(one.glob("checkpoint-*"), key=lambda path: int(path.name[11:])).name
+    assert losses(one / last) == losses(other / last)
+    weights, others = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert all(torch.equal(weights[key], others[key]) for key in weights)
+
+
 @pytest.mark.slow
-def test_kill_minus_nine_then_resume_equals_the_run_without_interruption(world, capsys):
-    flags = ["--deepspeed", "none", "--save_and_eval_strategy", "epoch", "--epochs", "3"]
-    inside(command(world, *flags, out="whole"))
+def test_kill_minus_nine_then_resume_equals_the_run_without_interruption(world, whole, capsys):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     log = world / "cut" / "train.log"
     for step in (3, 12, 18):  # before the first checkpoint, and within each later epoch
         victim = subprocess.Popen(
-            command(world, *flags, "--resume_from_checkpoint", "auto", out="cut"),
+            command(world, *THREE_EPOCHS, "--resume_from_checkpoint", "auto", out="cut"),
             env=env,
             cwd=ROOT,
             stdout=subprocess.DEVNULL,
@@ -198,16 +214,46 @@ def test_kill_minus_nine_then_resume_equals_the_run_without_interruption(world, 
         assert f"step {step}/" in log.read_text()
         assert not (world / "cut" / "config.json").exists(), "it was killed too late"
         assert list((world / "cut" / "tokens").rglob("*.tokens"))
-    unfinished = world / "cut" / ".checkpoint-99.partial"  # a save that was cut off
-    unfinished.mkdir()
-    inside(command(world, *flags, "--resume_from_checkpoint", "auto", out="cut"))
+    inside(command(world, *THREE_EPOCHS, "--resume_from_checkpoint", "auto", out="cut"))
     text = capsys.readouterr().out
     assert "resuming from" in text and "checkpoint-16" in text
-    assert not unfinished.exists() and not (world / "cut" / "tokens").exists()
-    last = max((world / "whole").glob("checkpoint-*"), key=lambda path: int(path.name[11:])).name
-    assert losses(world / "whole" / last) == losses(world / "cut" / last)
-    one, other = (load_file(world / name / "model.safetensors") for name in ("whole", "cut"))
-    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert not (world / "cut" / "tokens").exists()
+    check_equal_runs(whole, world / "cut")
+
+
+KILLED_IN_A_SAVE = """
+import os, pathlib, signal, sys
+import finetune
+rename, replace, move = pathlib.Path.rename, pathlib.Path.replace, sys.argv.pop(1)
+def die(self, target):
+    if str(self).endswith(move):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return (rename if "checkpoint" in str(self) else replace)(self, target)
+pathlib.Path.rename = pathlib.Path.replace = die
+finetune.main(sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+def test_a_save_that_is_killed_never_becomes_the_latest(world, whole, capsys):
+    moves = (".checkpoint-16.partial", ".final/model.safetensors", ".final/config.json")
+    for move, latest in zip(moves, ("checkpoint-8", "checkpoint-24", "checkpoint-24"), strict=True):
+        flags = command(world, *THREE_EPOCHS, "--resume_from_checkpoint", "auto", out="saves")
+        killed = subprocess.run(
+            [sys.executable, "-c", KILLED_IN_A_SAVE, move, *flags[1:]],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            cwd=ROOT,
+            capture_output=True,
+        )
+        assert killed.returncode == -signal.SIGKILL
+        assert (world / "saves" / move).exists()
+        assert not (world / "saves" / "config.json").exists()
+        found = max((world / "saves").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+        assert found.name == latest
+    inside(command(world, *THREE_EPOCHS, "--resume_from_checkpoint", "auto", out="saves"))
+    assert "checkpoint-24" in capsys.readouterr().out
+    assert not list((world / "saves").glob(".*"))
+    check_equal_runs(whole, world / "saves")
 
 
 @pytest.mark.slow
