@@ -329,15 +329,17 @@ def test_one_rank_killed_under_zero3_then_resumed_equals_the_run_without_interru
     whole, cut = world / "out", world / "zero-cut"
     args = command(world, *ZERO3, "--resume_from_checkpoint", "auto", processes=2, out="zero-cut")
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with open(world / "zero-cut.log", "w") as output:
-        agent = subprocess.Popen(args, env=env, cwd=ROOT, stdout=output, stderr=output)
-        deadline = time.monotonic() + 120
-        log = cut / "train.log"
-        while time.monotonic() < deadline and not (log.is_file() and "step 5/8" in log.read_text()):
-            time.sleep(0.02)
-        os.kill(process_of_rank(1, agent.pid), signal.SIGKILL)
-        assert agent.wait(timeout=120) != 0, "torchrun ends the other rank too"
-    assert not (cut / "config.json").exists(), "it was killed too late"
+    log = cut / "train.log"
+    for victim, step in ((0, 2), (1, 6)):  # before there is a checkpoint, and after the first
+        with open(world / "zero-cut.log", "w") as output:
+            agent = subprocess.Popen(args, env=env, cwd=ROOT, stdout=output, stderr=output)
+            deadline = time.monotonic() + 120
+            while time.monotonic() < deadline and not (log.is_file() and f"step {step}/8" in log.read_text()):
+                time.sleep(0.02)
+            os.kill(process_of_rank(victim, agent.pid), signal.SIGKILL)
+            assert agent.wait(timeout=120) != 0, "torchrun ends the other rank too"
+        assert f"step {step}/8" in log.read_text()
+        assert not (cut / "config.json").exists(), "it was killed too late"
     text = run(args)
     assert f"resuming from {cut / 'checkpoint-4'}" in text
     assert losses(cut / "checkpoint-8") == losses(whole / "checkpoint-8")
