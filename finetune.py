@@ -494,7 +494,10 @@ def prepare(args: argparse.Namespace, trainer_of: Callable[[Run], Any] | None = 
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
         clear_partial(folder)
-        with disk_full_is_said(folder / PREPARED, "the base model with the item tokens"):
+        with (
+            removed_if_empty(folder),
+            disk_full_is_said(folder / PREPARED, "the base model with the item tokens"),
+        ):
             prepare_base(
                 args.base_model,
                 folder / PREPARED,
@@ -581,6 +584,17 @@ def task_samples(run: Run) -> TaskValidSet | None:
         return None
     valid = run.valid_set
     return TaskValidSet(run.data, valid.prompts, others, valid.form, run.args.seed, run.args.eval_task_samples)
+
+
+@contextlib.contextmanager
+def removed_if_empty(folder: Path) -> Any:
+    """If the block fails, leave no empty `folder` behind."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise
 
 
 def clear_partial(folder: Path) -> None:

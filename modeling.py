@@ -326,6 +326,32 @@ def save_model(
     temporary.rename(folder)
 
 
+def find_checkpoint(ckpt_path: str, lora: bool = False) -> str:
+    """The folder of a fine-tuned model, or with `lora` of an adapter; a hub id is downloaded.
+
+    Raises:
+        UserError: there is no such folder, or what it holds is something else.
+    """
+    if "/" not in ckpt_path and not Path(ckpt_path).is_dir():  # what is fine-tuned has an owner on the hub
+        raise UserError(f"{ckpt_path}: no such folder (--ckpt_path)")
+    ckpt_path = local_or_hub(ckpt_path, "--ckpt_path")
+    if not Path(ckpt_path).is_dir():  # whole, so that what follows can tell a model from an adapter
+        from convert.folder import download
+
+        ckpt_path = download(ckpt_path)
+    if not any(Path(ckpt_path).glob("*config.json")):
+        raise UserError(f"{ckpt_path}: holds no model (no config.json)")
+    if (
+        not lora
+        and (Path(ckpt_path) / "adapter_config.json").is_file()
+        and not (Path(ckpt_path) / "config.json").is_file()
+    ):
+        raise UserError(f"{ckpt_path}: is a LoRA adapter; add --lora and --base_model")
+    if lora and not (Path(ckpt_path) / "adapter_config.json").is_file():
+        raise UserError(f"{ckpt_path}: holds no LoRA adapter (no adapter_config.json); leave --lora out")
+    return ckpt_path
+
+
 def load_for_test(
     ckpt_path: str,
     base_model: str | None = None,
@@ -345,29 +371,13 @@ def load_for_test(
     """
     device = torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    if "/" not in ckpt_path and not Path(ckpt_path).is_dir():  # what is fine-tuned has an owner on the hub
-        raise UserError(f"{ckpt_path}: no such folder (--ckpt_path)")
-    ckpt_path = local_or_hub(ckpt_path, "--ckpt_path")
-    if not Path(ckpt_path).is_dir():  # whole, so that what follows can tell a model from an adapter
-        from convert.folder import download
-
-        ckpt_path = download(ckpt_path)
-    if not any(Path(ckpt_path).glob("*config.json")):
-        raise UserError(f"{ckpt_path}: holds no model (no config.json)")
-    if (
-        not lora
-        and (Path(ckpt_path) / "adapter_config.json").is_file()
-        and not (Path(ckpt_path) / "config.json").is_file()
-    ):
-        raise UserError(f"{ckpt_path}: is a LoRA adapter; add --lora and --base_model")
+    ckpt_path = find_checkpoint(ckpt_path, lora)
     tokenizer = load_tokenizer(ckpt_path)
     if not lora:
         return load_model(ckpt_path, dtype).to(device).eval(), tokenizer
 
     from peft import PeftModel
 
-    if not (Path(ckpt_path) / "adapter_config.json").is_file():
-        raise UserError(f"{ckpt_path}: holds no LoRA adapter (no adapter_config.json); leave --lora out")
     model = load_model(local_or_hub(base_model, "--base_model"), dtype)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

@@ -32,7 +32,7 @@ from data import TASKS, HistoryFormat, RecData, TestSet, load_data
 from decoding import PrefixCache, beam_search, pack_linears
 from evaluate import check_metrics, ranks_of, summarise, too_long
 from metrics.ranking import means, rank_of
-from modeling import DTYPES, item_trie, load_for_test, pick_device
+from modeling import DTYPES, find_checkpoint, item_trie, load_for_test, pick_device
 from prompt import SLOT, Prompts, Template, load_prompts
 from utils import (
     UserError,
@@ -96,6 +96,7 @@ def run(args: argparse.Namespace, single: bool) -> dict[str, Any]:
     for name in too_long(args.metrics, items):
         say(f"note: {name} is taken from lists of {items} items only")
 
+    find_checkpoint(args.ckpt_path, args.lora)  # before anything is said about earlier results
     config = describe(args, data, prompts, task, prompt_ids, device)
     store = Store(args.results_file, [(prompt, sample) for prompt in prompt_ids for sample in numbers])
     missing = store.open(config, args.restart)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from convert.hub import local_or_hub, reason
-from convert.weights import Weights, inside
+from convert.weights import Weights, inside, what_failed
 from utils import UserError, read_json
 
 ITEM_TOKEN = re.compile(r"<[a-z]_\d+>")
@@ -269,7 +269,7 @@ def new_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
             _commit(partial, target)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(f"{target}: cannot be written ({error.strerror}); nothing was left there") from None
+            raise UserError(f"{what_failed(error, target, partial)}; nothing was left in {target}") from None
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise

@@ -409,10 +409,16 @@ def write_shard(path: Path, shard: Shard, blocks: Callable[[str], Iterable[torch
         finally:
             digest = sink.finish()
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}); free some space or choose another place"
-        ) from None
+        raise UserError(f"{what_failed(error, path)}") from None
     return digest
+
+
+def what_failed(error: OSError, *written: Path) -> str:
+    """What went wrong while the first of `written` was made: a write, or a read if the error names a file outside of them."""
+    named = error.filename
+    if isinstance(named, (str, os.PathLike)) and not any(Path(named).is_relative_to(path) for path in written):
+        return f"{named}: cannot be read ({error.strerror})"
+    return f"{written[0]}: cannot be written ({error.strerror})"
 
 
 def write_weights(

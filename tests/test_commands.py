@@ -94,9 +94,11 @@ def test_the_papers_commands(tmp_path):
         ("finetune.py --data_path {data} --dataset Toy --deepspeed none --tasks seqrec,typo", "unknown task 'typo'"),
         ("finetune.py --data_path {data} --dataset Toy --deepspeed none --tasks seqrec", "has 6 numbers"),
         ("finetune.py --data_path {data} --dataset Toy --deepspeed nope.json", "no such file"),
+        ("finetune.py --data_path {data} --dataset Toy --deepspeed none --base_model {data}/nope", "no such folder"),
         ("test.py --data_path {data} --dataset Toy --ckpt_path {base}", "lacks 10 of the 10 item tokens"),
         ("test.py --data_path {data} --dataset Toy --ckpt_path {base} --num_beams 5", "hit@10"),
         ("test.py --data_path {data} --dataset Toy --ckpt_path {data}", "holds no model"),
+        ("test.py --data_path {data} --dataset Toy --ckpt_path {base} --lora", "holds no LoRA adapter"),
         ("test.py --data_path {data} --dataset Toy --ckpt_path {base} --test_task Typo", "SeqRec, ItemSearch"),
         ("test.py --data_path {data} --dataset Toy --ckpt_path {base} --test_prompt_ids 17", "templates 0 to 16"),
         ("evaluate.py --predictions {data}/nope.jsonl", "nope.jsonl"),
@@ -119,3 +121,4 @@ def test_wrong_input_is_one_line_and_status_2(tmp_path, command, message):
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0], result.stderr
     assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()

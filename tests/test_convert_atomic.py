@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from convert import convert, make_delta, merge_delta
-from convert.folder import skeleton
+from convert.folder import new_folder, skeleton
 from utils import UserError
 
 
@@ -220,3 +221,15 @@ def test_memory_stays_under_the_largest_tensor_and_a_gigabyte(tmp_path):
     for peak in (merging, making):
         assert peak < largest + 10**9
         assert peak < base / 2  # far from holding a side, let alone both
+
+
+def test_an_error_says_whether_a_read_or_a_write_failed(tmp_path):
+    target, source = tmp_path / "out", tmp_path / "base" / "model.safetensors"
+    read = rf"^{source}: cannot be read \(Input/output error\); nothing was left in {target}$"
+    with pytest.raises(UserError, match=read), new_folder(target):
+        raise OSError(errno.EIO, "Input/output error", str(source))
+    written = rf"^{target}: cannot be written \(No space left on device\)"
+    for named in ((), (str(tmp_path / ".out.partial" / "model.safetensors"),)):
+        with pytest.raises(UserError, match=written), new_folder(target):
+            raise OSError(errno.ENOSPC, "No space left on device", *named)
+    assert not list(tmp_path.glob("*out*"))
