@@ -134,10 +134,11 @@ class TestCollator:
     """A list of prompts to `input_ids` and `attention_mask`, left-padded: int64 (batch, longest)."""
 
     tokenizer: Any
+    store: TokenStore | None = None
     __test__ = False  # not a pytest class
 
     def __call__(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        ids = encode_prompts(self.tokenizer, prompts)
+        ids = encode_prompts(self.tokenizer, prompts, self.store)
         return {
             "input_ids": pad(ids, self.tokenizer.pad_token_id, left=True),
             "attention_mask": pad([[1] * len(row) for row in ids], 0, left=True),

@@ -69,7 +69,7 @@ FREE_ON_RESUME = {
 }
 OWN_TENSORBOARD_DIR = "TENSORBOARD_LOGGING_DIR" in os.environ  # else each run of this process gets its own below
 PREPARED = "base_with_item_tokens"  # folder in output_dir, removed at the end
-TOKENS = "tokens"  # the same, unless --token_cache names another place
+TOKENS = ".tokens"  # the same, unless --token_cache names another place
 
 
 def quiet() -> None:
@@ -101,8 +101,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--token_cache",
         metavar="DIR",
-        help="keep the texts' tokens in DIR, for other runs with the same tokenizer too; none: tokenise every time; "
-        "if absent: in --output_dir until the run has ended",
+        help="keep the texts' tokens in DIR, for other runs with the same tokenizer too (nothing there is ever removed); "
+        "none: tokenise every time; if absent: in --output_dir until the run has ended",
     )
     args = parser.parse_args(argv)
     parse_tasks(args)
@@ -443,6 +443,7 @@ def save_final(trainer: Any, tokenizer: Any, folder: Path, lora: bool) -> None:
                 tokenizer.save_pretrained(temporary)
             else:
                 save_model(model, tokenizer, temporary, state)
+        shutil.rmtree(folder / PREPARED, ignore_errors=True)
         for path in sorted(temporary.iterdir(), key=lambda path: path.name.endswith("config.json")):
             path.chmod(mode)  # safetensors makes its files private
             path.replace(folder / path.name)  # the configurations last: without them nothing loads
@@ -530,7 +531,7 @@ def make_trainer(run: Run) -> Any:
 
     check_space(run.folder, 2 * checkpoint_bytes(run.model), "a checkpoint and the final model need")
     args, tasks = run.args, list(dict.fromkeys([*run.train_set.names, "seqrec"]))
-    ranking = None
+    store, ranking = token_store(run), None
     if args.eval_ranking > 0:
         ranking = Ranking(
             run.valid_set,
@@ -539,8 +540,8 @@ def make_trainer(run: Run) -> Any:
             args.per_device_batch_size,
             args.seed,
             no_eos=args.no_eos,
+            store=store,
         )
-    store = token_store(run)
     trainer = RecTrainer(
         model=run.model,
         args=run.training,
@@ -577,6 +578,20 @@ def token_store(run: Run) -> TokenStore | None:
     return store
 
 
+def forget_tokens(run: Run) -> None:
+    """Say how often the store was of use, and remove it if it is the run's own."""
+    from training import barrier
+
+    if store := run.trainer.data_collator.store:
+        share = store.found / max(1, store.found + store.tokenised)
+        say(
+            f"tokens: {store.tokenised:,} pieces of text tokenised, {share:.1%} of all pieces found in the store (main process)"
+        )
+        store.close()
+    barrier()  # nobody reads what is removed
+    shutil.rmtree(run.folder / TOKENS, ignore_errors=True)  # each node its own, where they share no disk
+
+
 def task_samples(run: Run) -> TaskValidSet | None:
     """The samples of the validation loss by task, or None if there is no task but seqrec."""
     others = [name for name in run.train_set.names if name != "seqrec"]
@@ -607,12 +622,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     run = prepare(args)
     run.trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+    forget_tokens(run)
     save_final(run.trainer, run.tokenizer, run.folder, args.lora)
-    if store := run.trainer.data_collator.store:
-        say(f"tokens: {store.tokenised:,} texts tokenised, {store.found:,} times met again")
-    shutil.rmtree(run.folder / TOKENS, ignore_errors=True)  # each node's own, if they share no disk
-    if is_main():
-        shutil.rmtree(run.folder / PREPARED)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A run's table: HR and NDCG of the model beside references on the same split, with bootstrap intervals over users.
+"""A run's table and page: HR and NDCG of the model beside references on the same split, with bootstrap intervals over users.
 
     python report.py --results_file ./results/ml-100k/result.json --data_path ./data --dataset ml-100k
     python report.py --results_file results/a.json results/b.json …        # several seeds, one row each
@@ -6,7 +6,8 @@
 Reads `<stem>.predictions.jsonl` beside each results file; the metrics are computed anew from it. References are computed
 here: `random` (its expectation) and `popularity` (how often an item occurs in the training parts). The rows `…, unseen`
 leave out what the user has interacted with before: from the whole ranking of popularity, and from the model's beams.
-Writes `<first stem>.table.md` (or `--table_file`).
+Writes `<first stem>.table.md` (or `--table_file`), and beside it `<first stem>.html`: the table, figures (lists of every length,
+users by history and target, learning curves, the index), examples and all settings, in one file that loads nothing else.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from arguments import add_data, make_parser
 from data import RecData, load_data
 from evaluate import check_metrics, ranks_of, read_predictions
 from metrics.ranking import METRICS, parse
+from report_page import Scored, page, some_records
 from utils import UserError, atomic_path, read_json, run_main, say
 
 METRIC_NAMES = "hit@1,hit@5,hit@10,ndcg@5,ndcg@10"
@@ -143,28 +145,42 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_metrics(args.metrics)
     data = load_data(args.data_path, args.dataset, args.index_file)
-    rows = references(data, args.metrics)
+    rows, runs = references(data, args.metrics), []
     for path in args.results_file:
-        results = read_json(path)
-        if not isinstance(results, dict):
-            raise UserError(f"{path}: is not a results file of test.py")
-        task = results.get("config", {}).get("task", "seqrec")
-        if task != "seqrec":
-            raise UserError(f"{path}: is of the task {task}; the references are for seqrec")
-        predictions = path.with_name(f"{path.stem}.predictions.jsonl")
-        ranks = model_ranks(read_predictions(predictions), predictions)
-        if ranks.shape[1] != len(data.inters):
-            say(f"note: {path} has {ranks.shape[1]} of the {len(data.inters)} users; the references have all")
-        label = "LC-Rec" if len(args.results_file) == 1 else f"LC-Rec ({path.parent.name})"
-        rows[label] = values(ranks, args.metrics)
-        unseen = model_ranks(without_seen(read_predictions(predictions), data), predictions)
-        rows[f"{label}, unseen"] = values(unseen, args.metrics)
+        run = read_run(path, "LC-Rec" if len(args.results_file) == 1 else f"LC-Rec ({path.parent.name})", data)
+        unseen = model_ranks(without_seen(read_predictions(run.predictions), data), run.predictions)
+        rows[run.label] = values(run.ranks, args.metrics)
+        rows[f"{run.label}, unseen"] = values(unseen, args.metrics)
+        runs.append(run)
     text = table(rows, args.metrics)
     note = f"{data.name}: {len(data.inters):,} users, all {len(data.titles):,} items ranked; brackets: 95 % bootstrap over users."
     target = args.table_file or args.results_file[0].with_name(f"{args.results_file[0].stem}.table.md")
     with atomic_path(target) as temporary:
         temporary.write_text(f"{text}\n\n{note}\n", encoding="utf-8")
-    say(f"{text}\n\n{note}\n{target}: this table")
+    html = target.with_name(target.name.removesuffix(".md").removesuffix(".table") + ".html")
+    popular = {"popularity": popularity_ranks(data, False), "popularity, unseen": popularity_ranks(data, True)}
+    with atomic_path(html) as temporary:
+        temporary.write_text(page(data, runs, popular, text, note), encoding="utf-8")
+    say(f"{text}\n\n{note}\n{target}: this table\n{html}: the same with figures and examples")
+
+
+def read_run(path: Path, label: str, data: RecData) -> Scored:
+    """A results file of test.py, and the predictions beside it.
+
+    Raises:
+        UserError: it is of another task than seqrec, or no results file.
+    """
+    results = read_json(path)
+    if not isinstance(results, dict):
+        raise UserError(f"{path}: is not a results file of test.py")
+    task = results.get("config", {}).get("task", "seqrec")
+    if task != "seqrec":
+        raise UserError(f"{path}: is of the task {task}; the references are for seqrec")
+    predictions = path.with_name(f"{path.stem}.predictions.jsonl")
+    ranks = model_ranks(read_predictions(predictions), predictions)
+    if ranks.shape[1] != len(data.inters):
+        say(f"note: {path} has {ranks.shape[1]} of the {len(data.inters)} users; the references have all")
+    return Scored(label, path, results, some_records(read_predictions(predictions), ranks.shape[1], data), ranks)
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ stage_table() {
 data      $DATA_PATH/$DATASET/
 index     $stem.index.json, $stem.index.report.json
 model     $OUTPUT_DIR/ (loads with AutoModelForCausalLM), its log and settings: train.log, run.json
-results   $RESULTS_DIR/result.json, result.predictions.jsonl, result.table.md
+results   $RESULTS_DIR/result.json, result.predictions.jsonl, result.table.md, result.html (open it in a browser)
 EOF
 }
 

@@ -2,12 +2,12 @@
 
 A fast tokenizer cuts a text at the item tokens first and tokenises what is between them each by itself (and only the very
 first of these pieces may differ for being the first). So the pieces are what is kept: a separator or a template's beginning
-once for all samples, an item's description once for each template. Samples are put together from them; nothing about them is
-kept in memory but an integer for each piece. `check` compares with the tokenizer itself.
+once for all samples, an item's description once for each template. Samples are put together from them. In memory are a hash and
+a number for each piece: about 140 bytes. `check` compares with the tokenizer itself.
 
 Files: `<folder>/<hash of the tokenizer>/<random>.tokens`, one for each process that found something new. Such a file only
-grows; a record is a piece's hash (4 words), the number of its tokens, a checksum (CRC-32) of them, and the tokens, in words of
-32 bits (little-endian). A record that is cut off or damaged, and what follows it, is as if it were not there.
+grows. A record is a piece's hash (4 words), the number of its tokens, a checksum (CRC-32) of both and of the tokens, and the
+tokens, in words of 32 bits (little-endian). A record that is cut off or damaged, and what follows it, is as if it were not there.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 from tokenizers import Tokenizer
 
 from utils import say
 
 ITEM_TOKENS = re.compile(r"(<[a-z]+_\d+>)")
+BEGUN_ITEM_TOKEN = re.compile(r"<([a-z]+(_\d*)?)?$")
 WORD = np.dtype("<u4")
 MAGIC = b"LC-Rec tokens 1\n"
 HEAD = 6  # words before a record's tokens
@@ -53,13 +55,12 @@ class TokenStore:
         self._tokenizer = _separate_copy(tokenizer)
         self._items = _item_ids(tokenizer)
         self._before = next(iter(self._items))  # an item token, put before a piece that does not begin its text
-        name = hashlib.sha256(MAGIC + self._tokenizer.to_str().encode("utf-8", "surrogatepass")).hexdigest()[:16]
-        self.folder = Path(folder) / name
+        self.folder = Path(folder) / _name(self._tokenizer)
         self._files: list[_TokenFile] = []
         self._places: dict[bytes, int] = {}  # a piece's hash → file number and the record's first word
         self._short: dict[Piece, list[int]] = {}
         self._own: _Writer | None = None
-        self._writes = True
+        self._writes = True  # what is new is kept
         self.tokenised = self.found = 0  # pieces since this process began
         self.refresh()
 
@@ -104,6 +105,8 @@ class TokenStore:
             place = self._places.get(key)
             if place is not None:
                 kept = self._files[place >> OFFSET_BITS].tokens(place & ((1 << OFFSET_BITS) - 1))
+                if kept is None:
+                    self._stop("its files cannot be read any more")
             if kept is None:
                 missing[piece] = key
                 continue
@@ -139,8 +142,16 @@ class TokenStore:
             for key, place in zip(keys, self._own.append(keys, rows), strict=True):
                 self._places[key] = number << OFFSET_BITS | place
         except OSError as error:
+            self._stop(error.strerror)
+
+    def _stop(self, reason: str) -> None:
+        if self._writes:
             self._writes = False
-            say(f"note: {self.folder}: no more tokens are kept there ({error.strerror}); training goes on")
+            say(f"note: {self.folder}: no more tokens are kept there ({reason}); training goes on")
+
+    def close(self) -> None:
+        """Let go of all files, so that they can be removed; what is asked for afterwards is tokenised anew."""
+        self._files, self._places, self._own, self._writes = [], {}, None, False
 
     def check(self, tokenizer: Any, texts: list[str]) -> None:
         """Compare with the tokenizer itself. Raises ValueError if a text has other ids there."""
@@ -173,7 +184,7 @@ class _TokenFile:
         while (start := self._seen) + HEAD <= len(words):
             count, checksum = words[start + 4 : start + HEAD].tolist()
             end = start + HEAD + count
-            if end > len(words) or zlib.crc32(words[start + HEAD : end]) != checksum:
+            if end > len(words) or _checksum(words[start : start + 5], words[start + HEAD : end]) != checksum:
                 break
             records.append((words[start : start + 4].tobytes(), start))
             self._seen = end
@@ -201,9 +212,9 @@ class _Writer:
         """Write a record for each of `rows`; the first word of each."""
         parts, places = [], []
         for key, row in zip(keys, rows, strict=True):
-            tokens = np.array(row, WORD).tobytes()
+            head, tokens = key + np.array([len(row)], WORD).tobytes(), np.array(row, WORD).tobytes()
             places.append(self._words)
-            parts += [key, np.array([len(row), zlib.crc32(tokens)], WORD).tobytes(), tokens]
+            parts += [head, np.array([_checksum(head, tokens)], WORD).tobytes(), tokens]
             self._words += HEAD + len(row)
         content = b"".join(parts)
         with open(self.path, "r+b", buffering=0) as file:  # not "ab", which would begin a removed file anew
@@ -213,6 +224,16 @@ class _Writer:
         return places
 
 
+def _checksum(head: Any, tokens: Any) -> int:
+    return zlib.crc32(tokens, zlib.crc32(head, zlib.crc32(MAGIC)))  # of nothing but zeros it is not zero
+
+
+def _name(tokenizer: Tokenizer) -> str:
+    """What tells one tokenizer from another: its settings and the version of the library that carries them out."""
+    text = f"{tokenizers.__version__}\n{tokenizer.to_str()}"
+    return hashlib.sha256(MAGIC + text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
 def _key(piece: Piece) -> bytes:
     first, text = piece
     return hashlib.blake2b((b"\1" if first else b"\0") + text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
@@ -220,25 +241,29 @@ def _key(piece: Piece) -> bytes:
 
 def _separate_copy(tokenizer: Any) -> Tokenizer:
     """The tokenizer's own tokenizer, whose settings nobody else changes."""
-    if not getattr(tokenizer, "is_fast", False) or getattr(tokenizer, "split_special_tokens", False):
-        raise ValueError("only fast tokenizers that keep special tokens whole")
-    copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError("it is not a fast tokenizer")
+    if getattr(tokenizer, "split_special_tokens", False):
+        raise ValueError("the tokenizer splits special tokens")
+    try:
+        copy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    except Exception as error:  # noqa: BLE001  (the library raises nothing more special for parts written in Python)
+        raise ValueError(f"the tokenizer cannot be copied: {error}") from None
     copy.no_padding()
     copy.no_truncation()
     return copy
 
 
 def _item_ids(tokenizer: Any) -> dict[str, int]:
-    """The item tokens that cut a text wherever they stand."""
+    """The item tokens, which cut a text wherever they stand."""
     added = tokenizer.added_tokens_decoder
-    items = {
-        token.content: number
-        for number, token in added.items()
-        if ITEM_TOKENS.fullmatch(token.content)
-        and not (token.normalized or token.lstrip or token.rstrip or token.single_word)
-    }
+    items = {token.content: number for number, token in added.items() if ITEM_TOKENS.fullmatch(token.content)}
     if not items:
-        raise ValueError("no item token that cuts a text wherever it stands")
-    if any("<" in token.content[1:] for token in added.values()):
-        raise ValueError("an added token that may overlap an item token")
+        raise ValueError("the tokenizer has no item tokens")
+    for token in added.values():
+        if token.content in items:
+            if token.normalized or token.lstrip or token.rstrip or token.single_word:
+                raise ValueError(f"the tokenizer does not find {token.content} everywhere, or takes blanks with it")
+        elif ITEM_TOKENS.search(token.content) or BEGUN_ITEM_TOKEN.search(token.content[1:]):
+            raise ValueError(f"the token {token.content!r} may overlap an item token")
     return items

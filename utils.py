@@ -140,7 +140,7 @@ def sha256(path: str | Path) -> str:
 def versions(*packages: str) -> dict[str, str]:
     """Python's version and those of the installed `packages`, for the record beside a result."""
     found = {"python": platform.python_version()}
-    for package in packages or ("torch", "transformers", "accelerate", "peft", "deepspeed", "numpy"):
+    for package in packages or ("torch", "transformers", "tokenizers", "accelerate", "peft", "deepspeed", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found

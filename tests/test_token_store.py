@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -145,6 +146,7 @@ def test_what_is_cut_off_or_damaged_is_tokenised_again(bpe, tmp_path):
     content = file.read_bytes()
     draw = random.Random(0)
     damages = [content[:n] for n in range(0, len(content), 7)]
+    damages += [content[: 4 * n] + bytes(len(content) - 4 * n) for n in range(len(content) // 4)]  # lost pages
     damages += [
         bytes(b ^ 255 if i == n else b for i, b in enumerate(content)) for n in draw.sample(range(len(content)), 60)
     ]
@@ -208,20 +210,84 @@ def test_a_forked_process_writes_a_file_of_its_own(bpe, tmp_path):
     assert Path(path) != store._own.path
 
 
-@pytest.mark.parametrize("flaw", ["normalized", "overlap", "slow", "none"])
-def test_tokenizers_whose_texts_do_not_come_apart_are_refused(bpe, tmp_path, flaw):
-    if flaw == "normalized":
-        tokenizer = make_tokenizer("bpe")
-        tokenizer.add_tokens([AddedToken(token, normalized=True) for token in ITEMS])
-    elif flaw == "overlap":
-        tokenizer = bpe
-        tokenizer.add_tokens([AddedToken("><b", normalized=False)])
-    elif flaw == "slow":
-        tokenizer = object()
-    else:
-        tokenizer = make_tokenizer("bpe")
-    with pytest.raises(ValueError):
-        TokenStore(tokenizer, tmp_path)
+def test_padding_and_cutting_set_elsewhere_play_no_part(bpe, tmp_path):
+    expected = wanted(bpe, SOME)
+    bpe.backend_tokenizer.enable_truncation(3)
+    bpe.backend_tokenizer.enable_padding(length=64)
+    assert TokenStore(bpe, tmp_path).encode(SOME) == expected
+
+
+def test_the_library_and_the_format_are_part_of_the_place(bpe, tmp_path, monkeypatch):
+    places = [TokenStore(bpe, tmp_path).folder]
+    monkeypatch.setattr(token_store.tokenizers, "__version__", "0.0.1")
+    places.append(TokenStore(bpe, tmp_path).folder)
+    monkeypatch.setattr(token_store, "MAGIC", b"LC-Rec tokens 0\n")
+    places.append(TokenStore(bpe, tmp_path).folder)
+    assert len(set(places)) == 3
+
+
+def test_an_epoch_begins_with_a_look_at_what_others_have_written(bpe, tmp_path):
+    from types import SimpleNamespace
+
+    from training import Epochs
+
+    one, two = TokenStore(bpe, tmp_path), TokenStore(bpe, tmp_path)
+    one.encode(SOME)
+    two._tokenise = None
+    epochs = Epochs(SimpleNamespace(set_epoch=lambda epoch: None), two)
+    epochs.on_epoch_begin(None, SimpleNamespace(epoch=1.0), None)
+    assert two.encode(SOME) == wanted(bpe, SOME)
+
+
+def test_files_that_cannot_be_mapped_do_not_grow_without_end(bpe, tmp_path, capsys, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(19, "No such device")
+
+    monkeypatch.setattr(token_store.np, "memmap", refuse)
+    store = TokenStore(bpe, tmp_path)
+    for _ in range(3):
+        assert store.encode(SOME) == wanted(bpe, SOME)
+    assert capsys.readouterr().out.count("no more tokens are kept there") == 1
+    size = sum(path.stat().st_size for path in tmp_path.rglob("*.tokens"))
+    store.encode(SOME)
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*.tokens")) == size
+
+
+FLAWS = {
+    "is not a fast": lambda: object(),
+    "has no item tokens": lambda: make_tokenizer("bpe"),
+    "splits special tokens": lambda: with_items(flawed(split=True)),
+    "'><b' may overlap": lambda: flawed("><b"),
+    "'x<a_' may overlap": lambda: flawed("x<a_"),
+    "'<a_1>x' may overlap": lambda: flawed("<a_1>x"),
+    "does not find <b_7> everywhere": lambda: flawed("<b_7>", normalized=True),
+    "does not find <b_4> everywhere": lambda: flawed("<b_4>", lstrip=True),
+    "does not find <b_5> everywhere": lambda: flawed("<b_5>", rstrip=True),
+    "does not find <b_6> everywhere": lambda: flawed("<b_6>", single_word=True),
+    "cannot be copied": lambda: flawed(python=True),
+}
+
+
+def flawed(token: str = "", split: bool = False, python: bool = False, **properties: bool) -> object:
+    tokenizer = make_tokenizer("bpe")
+    if token:
+        tokenizer.add_tokens([AddedToken(token, **({"normalized": False} | properties))])
+    tokenizer.split_special_tokens = split
+    with_items(tokenizer)
+    if python:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.PreTokenizer.custom(object())
+    return tokenizer
+
+
+@pytest.mark.parametrize("reason", FLAWS)
+def test_tokenizers_whose_texts_do_not_come_apart_are_refused(tmp_path, reason):
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        TokenStore(FLAWS[reason](), tmp_path)
+
+
+def test_other_tokens_with_brackets_are_no_reason_to_refuse(tmp_path):
+    tokenizer = with_items(flawed("▁<PRE>"))
+    assert TokenStore(tokenizer, tmp_path).encode(SOME) == wanted(tokenizer, SOME)
 
 
 def test_the_check_finds_a_tokenizer_that_reads_across_item_tokens(bpe, tmp_path):
