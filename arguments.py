@@ -32,9 +32,7 @@ def add_global(parser: argparse.ArgumentParser) -> None:
 def add_data(parser: argparse.ArgumentParser) -> None:
     """Dataset, index file, history format, tasks, prompt sampling."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data_path", default="", help="folder that holds <dataset>/")
-    group.add_argument("--dataset", default="Games", help="name of the dataset, and of its folder")
-    group.add_argument("--index_file", default=".index.json", help="ending of the index file: <dataset><index_file>")
+    add_dataset(group)
     group.add_argument("--tasks", default=",".join(TASKS), help="training tasks, separated by commas")
     group.add_argument("--max_his_len", type=int, default=20, help="items of history in a prompt; -1: all")
     group.add_argument("--add_prefix", action="store_true", help='number the items of a history: "1. …"')
@@ -72,6 +70,13 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     add_prompt_file(group)
 
 
+def add_dataset(group: argparse._ActionsContainer) -> None:
+    """Where the dataset's files are."""
+    group.add_argument("--data_path", default="", help="folder that holds <dataset>/")
+    group.add_argument("--dataset", default="Games", help="name of the dataset, and of its folder")
+    group.add_argument("--index_file", default=".index.json", help="ending of the index file: <dataset><index_file>")
+
+
 def add_prompt_file(group: argparse._ActionsContainer) -> None:
     """`--prompt_file`, alone."""
     group.add_argument(
@@ -98,7 +103,11 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     add("--logging_step", type=int, default=10, help="optimiser steps between two lines of the log")
     add("--model_max_length", type=int, default=2048, help="longer samples are cut, in tokens")
     add("--weight_decay", type=float, default=0.01, help="decoupled weight decay of AdamW")
-    add("--resume_from_checkpoint", metavar="PATH", help="go on from a checkpoint-N folder; auto: the newest one")
+    add(
+        "--resume_from_checkpoint",
+        metavar="PATH",
+        help="go on from a checkpoint-N folder (auto: the newest one), or with --lora begin with an adapter's weights",
+    )
     add("--warmup_ratio", type=float, default=0.01, help="share of the steps in which the learning rate rises")
     add("--lr_scheduler_type", default="cosine", help="a transformers schedule name")
     add("--save_and_eval_strategy", default="epoch", choices=("epoch", "steps"), help="when to evaluate and save")
@@ -123,7 +132,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     add(
         "--select_by", default="loss", choices=("loss", "hit@10", "ndcg@10"), help="what the best checkpoint is best in"
     )
-    add("--save_total_limit", type=int, default=5, help="checkpoints kept, the best one among them")
+    add("--save_total_limit", type=int, default=5, help="newest checkpoints kept, and always the best one")
     add("--report_to", default="tensorboard", help="trackers by commas (tensorboard, wandb, …), or none")
     lora = parser.add_argument_group("LoRA")
     lora.add_argument("--lora", action="store_true", help="train an adapter instead of all weights")

@@ -69,6 +69,7 @@ FREE_ON_RESUME = {
 }
 OWN_TENSORBOARD_DIR = "TENSORBOARD_LOGGING_DIR" in os.environ  # else each run of this process gets its own below
 PREPARED = "base_with_item_tokens"  # folder in output_dir, removed at the end
+CHECKED = 8  # samples of each task whose tokens are compared with the tokenizer's own before the store is used
 TOKENS = ".tokens"  # the same, unless --token_cache names another place
 
 
@@ -133,7 +134,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--train_new_rows_only freezes the other weights: add --lora")
     if (args.load_in_4bit or args.load_in_8bit) and not args.lora:
         raise UserError("--load_in_4bit and --load_in_8bit freeze the base weights: add --lora")
+    if (args.load_in_4bit or args.load_in_8bit) and zero_stage(args.deepspeed) == 3:
+        raise UserError(
+            f"--deepspeed {args.deepspeed}: ZeRO-3 cannot part quantised weights; use --deepspeed none or a ds_z2 file"
+        )
     return args
+
+
+def zero_stage(deepspeed: str | None) -> int:
+    """The ZeRO stage of a DeepSpeed configuration; 0 without one."""
+    config = read_json(deepspeed) if deepspeed else {}
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    return zero.get("stage", 0) if isinstance(zero, dict) else 0
 
 
 def start_processes(args: argparse.Namespace) -> None:
@@ -567,8 +579,11 @@ def token_store(run: Run) -> TokenStore | None:
     """Where the texts' tokens are kept, or None for a tokenizer whose texts cannot be put together from pieces."""
     if (run.args.token_cache or "").lower() == "none":
         return None
-    every = max(1, len(run.train_set) // 50)
-    samples = [run.train_set[i] for i in range(0, len(run.train_set), every)]
+    samples, begin = [], 0
+    for count in run.train_set.counts().values():  # some of each task
+        samples += [run.train_set[begin + i] for i in range(0, count, max(1, count // CHECKED))]
+        begin += count
+    samples += [run.valid_set[i] for i in range(min(CHECKED, len(run.valid_set)))]
     try:
         store = TokenStore(run.tokenizer, run.args.token_cache or run.folder / TOKENS)
         store.check(run.tokenizer, [sample["prompt"] + sample["response"] for sample in samples])
@@ -589,7 +604,8 @@ def forget_tokens(run: Run) -> None:
         )
         store.close()
     barrier()  # nobody reads what is removed
-    shutil.rmtree(run.folder / TOKENS, ignore_errors=True)  # each node its own, where they share no disk
+    if run.args.token_cache is None:
+        shutil.rmtree(run.folder / TOKENS, ignore_errors=True)  # each node its own, where they share no disk
 
 
 def task_samples(run: Run) -> TaskValidSet | None:

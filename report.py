@@ -13,18 +13,17 @@ users by history and target, learning curves, the index), examples and all setti
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from arguments import add_data, make_parser
+from arguments import add_dataset, make_parser
 from data import RecData, load_data
-from evaluate import check_metrics, ranks_of, read_predictions
+from evaluate import check_metrics, too_long
 from metrics.ranking import METRICS, parse
-from report_page import Scored, page, some_records
-from utils import UserError, atomic_path, read_json, run_main, say
+from report_page import MARK, page
+from run_files import read_run
+from utils import UserError, atomic_path, run_main, say
 
 METRIC_NAMES = "hit@1,hit@5,hit@10,ndcg@5,ndcg@10"
 RESAMPLES = 2000
@@ -47,12 +46,21 @@ def values(ranks: np.ndarray, names: str) -> dict[str, np.ndarray]:
     return found
 
 
-def interval(user_values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """The 95 % percentile bootstrap interval of the mean over users (float64 (users,))."""
-    rng = np.random.default_rng(seed)
-    draws = rng.integers(len(user_values), size=(RESAMPLES, len(user_values)))
-    low, high = np.percentile(user_values[draws].mean(axis=1), [2.5, 97.5])
-    return float(low), float(high)
+def intervals(user_values: np.ndarray, seed: int = 0) -> np.ndarray:
+    """The 95 % percentile bootstrap intervals of the means over users, the same draws for all columns.
+
+    Args:
+        user_values: float64 (users, columns).
+
+    Returns:
+        float64 (columns, 2): the lower and the upper end.
+    """
+    rng, users = np.random.default_rng(seed), len(user_values)
+    means = np.empty((RESAMPLES, user_values.shape[1]))
+    for resample in range(RESAMPLES):
+        times = np.bincount(rng.integers(users, size=users), minlength=users)  # how often each user is drawn
+        means[resample] = times @ user_values / users
+    return np.percentile(means, [2.5, 97.5], axis=0).T
 
 
 def popularity_ranks(data: RecData, leave_out_seen: bool) -> np.ndarray:
@@ -83,104 +91,102 @@ def random_expectation(n_items: int, names: str) -> dict[str, float]:
     }
 
 
-def references(data: RecData, names: str) -> dict[str, dict[str, np.ndarray | float]]:
-    """The reference rows: metric values per user, or an expectation."""
-    return {
-        "random (expected)": random_expectation(len(data.titles), names),
-        "popularity": values(popularity_ranks(data, False), names),
-        "popularity, unseen": values(popularity_ranks(data, True), names),
-    }
+def cells(rows: dict[str, dict[str, np.ndarray | float]], names: str) -> list[list[str]]:
+    """The table's rows as text: label, and each metric's mean with its 95 % bootstrap interval over users."""
+    metrics = [name for name, _, _ in parse(names)]
+    found = [["model", *(name.replace("hit", "HR").replace("ndcg", "NDCG") for name in metrics)]]
+    sizes = {len(row[metrics[0]]) for row in rows.values() if not isinstance(row[metrics[0]], float)}
+    ends: dict[tuple[str, str], np.ndarray] = {}
+    for size in sizes:
+        columns = {
+            (label, name): row[name] for label, row in rows.items() for name in metrics if np.size(row[name]) == size
+        }
+        columns = {key: column for key, column in columns.items() if not isinstance(column, float)}
+        ends.update(zip(columns, intervals(np.stack(list(columns.values()), axis=1)), strict=True))
+    for label, row in rows.items():
+        texts = [f"{np.mean(row[name]):.4f}" for name in metrics]
+        for place, name in enumerate(metrics):
+            if (label, name) in ends:
+                texts[place] += " [{:.4f}, {:.4f}]".format(*ends[label, name])
+        found.append([label, *texts])
+    return found
 
 
-def without_seen(records: Iterable[dict[str, Any]], data: RecData) -> Iterator[dict[str, Any]]:
-    """The records without the items that their users have met before the target: the lists get shorter."""
-    seen = {
-        user: {data.canonical[item] for item in items[:-1]} - {data.canonical[items[-1]]}
-        for user, items in data.inters.items()
-    }
-    for record in records:
-        if record.get("user") not in seen:
-            raise UserError(f"the predictions name the user {record.get('user')!r}, who is not in {data.name}")
-        yield {**record, "items": [item for item in record["items"] if item not in seen[record["user"]]]}
+def markdown(rows: list[list[str]]) -> str:
+    """`cells` as a Markdown table."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], f"| --- |{' --- |' * (len(rows[0]) - 1)}", *lines[1:]])
 
 
-def model_ranks(records: Iterable[dict[str, Any]], path: Path) -> np.ndarray:
-    """The target's rank by prompt and sample, from the records of a predictions file: int (prompts, samples).
+def labels(paths: list[Path]) -> list[str]:
+    """A name for each results file: `LC-Rec`, and of several files what tells them apart.
 
     Raises:
-        UserError: the prompts do not have the same number of samples.
+        UserError: a file is named twice.
     """
-    ranks = ranks_of(records)
-    if len({len(row) for row in ranks.values()}) != 1:
-        raise UserError(f"{path}: the prompts have different numbers of samples; score them all with one command")
-    return np.array(list(ranks.values()))
-
-
-def cell(user_values: np.ndarray | float) -> str:
-    """A mean and its interval."""
-    if isinstance(user_values, float):
-        return f"{user_values:.4f}"
-    low, high = interval(user_values)
-    return f"{user_values.mean():.4f} [{low:.4f}, {high:.4f}]"
-
-
-def table(rows: dict[str, dict[str, np.ndarray | float]], names: str) -> str:
-    """A Markdown table; brackets hold 95 % bootstrap intervals over users."""
-    heads = [name.replace("hit", "HR").replace("ndcg", "NDCG") for name, _, _ in parse(names)]
-    lines = [f"| model | {' | '.join(heads)} |", f"| --- |{' --- |' * len(heads)}"]
-    lines += [
-        f"| {label} | {' | '.join(cell(row[name]) for name, _, _ in parse(names))} |" for label, row in rows.items()
-    ]
-    return "\n".join(lines)
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise UserError("--results_file names a file twice")
+    if len(paths) == 1:
+        return ["LC-Rec"]
+    whole = [path.resolve() for path in paths]
+    for name in (lambda path: path.parent.name, lambda path: f"{path.parent.name}/{path.stem}", str):
+        found = [name(path) for path in whole]
+        if len(set(found)) == len(found):
+            break
+    return [f"LC-Rec ({name})" for name in found]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
-    add_data(parser)
+    add_dataset(parser.add_argument_group("data"))
     parser.add_argument("--results_file", nargs="+", required=True, type=Path, help="results of test.py or test_ddp.py")
     parser.add_argument(
-        "--table_file", type=Path, help="where the table goes; default: <first stem>.table.md beside it"
+        "--table_file", type=Path, help="where the table goes (*.md); default: <first stem>.table.md beside it"
     )
     parser.add_argument("--metrics", default=METRIC_NAMES, help="hit@k and ndcg@k, by commas")
     args = parser.parse_args(argv)
     check_metrics(args.metrics)
-    data = load_data(args.data_path, args.dataset, args.index_file)
-    rows, runs = references(data, args.metrics), []
-    for path in args.results_file:
-        run = read_run(path, "LC-Rec" if len(args.results_file) == 1 else f"LC-Rec ({path.parent.name})", data)
-        unseen = model_ranks(without_seen(read_predictions(run.predictions), data), run.predictions)
-        rows[run.label] = values(run.ranks, args.metrics)
-        rows[f"{run.label}, unseen"] = values(unseen, args.metrics)
-        runs.append(run)
-    text = table(rows, args.metrics)
-    note = f"{data.name}: {len(data.inters):,} users, all {len(data.titles):,} items ranked; brackets: 95 % bootstrap over users."
     target = args.table_file or args.results_file[0].with_name(f"{args.results_file[0].stem}.table.md")
-    with atomic_path(target) as temporary:
-        temporary.write_text(f"{text}\n\n{note}\n", encoding="utf-8")
-    html = target.with_name(target.name.removesuffix(".md").removesuffix(".table") + ".html")
+    html = page_file(target)
+    data = load_data(args.data_path, args.dataset, args.index_file)
     popular = {"popularity": popularity_ranks(data, False), "popularity, unseen": popularity_ranks(data, True)}
-    with atomic_path(html) as temporary:
-        temporary.write_text(page(data, runs, popular, text, note), encoding="utf-8")
-    say(f"{text}\n\n{note}\n{target}: this table\n{html}: the same with figures and examples")
+    rows: dict[str, dict[str, np.ndarray | float]] = {
+        "random (expected)": random_expectation(len(data.titles), args.metrics)
+    }
+    rows |= {name: values(ranks, args.metrics) for name, ranks in popular.items()}
+    runs = [
+        read_run(path, label, data) for path, label in zip(args.results_file, labels(args.results_file), strict=True)
+    ]
+    for run in runs:
+        rows[run.label] = values(run.ranks, args.metrics)
+        rows[f"{run.label}, unseen"] = values(run.unseen, args.metrics)
+        for name in too_long(args.metrics, run.longest):
+            say(f"note: {name} of {run.path} is taken from lists of {run.longest} items only")
+    found = cells(rows, args.metrics)
+    note = f"{data.name}: {len(data.inters):,} users, all {len(data.titles):,} items ranked; brackets: 95 % bootstrap over users."
+    for run in runs:
+        if run.ranks.shape[1] != len(data.inters):
+            note += f" {run.label} has {run.ranks.shape[1]:,} of the users, the references have all."
+    text = f"{markdown(found)}\n\n{note}\n"
+    written = {target: text, html: page(data, runs, popular, found, note)}
+    for path, content in written.items():
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(content.encode("utf-8", "replace"))
+    say(f"{text}{target}: this table\n{html}: the same with figures and examples")
 
 
-def read_run(path: Path, label: str, data: RecData) -> Scored:
-    """A results file of test.py, and the predictions beside it.
+def page_file(table_file: Path) -> Path:
+    """Where the page goes: beside the table.
 
     Raises:
-        UserError: it is of another task than seqrec, or no results file.
+        UserError: the table's name does not end in `.md`, or a page of other origin is in the way.
     """
-    results = read_json(path)
-    if not isinstance(results, dict):
-        raise UserError(f"{path}: is not a results file of test.py")
-    task = results.get("config", {}).get("task", "seqrec")
-    if task != "seqrec":
-        raise UserError(f"{path}: is of the task {task}; the references are for seqrec")
-    predictions = path.with_name(f"{path.stem}.predictions.jsonl")
-    ranks = model_ranks(read_predictions(predictions), predictions)
-    if ranks.shape[1] != len(data.inters):
-        say(f"note: {path} has {ranks.shape[1]} of the {len(data.inters)} users; the references have all")
-    return Scored(label, path, results, some_records(read_predictions(predictions), ranks.shape[1], data), ranks)
+    if table_file.suffix != ".md":
+        raise UserError(f"--table_file {table_file}: the name must end in .md")
+    path = table_file.with_name(table_file.name.removesuffix(".md").removesuffix(".table") + ".html")
+    if path.exists() and MARK.encode() not in path.read_bytes()[:4096]:
+        raise UserError(f"{path}: exists and is no page of this script; choose another --table_file")
+    return path
 
 
 if __name__ == "__main__":

@@ -10,9 +10,7 @@ import html
 import io
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import islice
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,11 @@ import numpy as np
 
 from data import RecData
 from metrics.ranking import METRICS
-from utils import UserError, read_json
+from run_files import Scored, log_history, run_record
 
-EXAMPLES, SHOWN_HISTORY, SHOWN_ITEMS, BINS = 8, 6, 5, 5
+Compared = tuple[str, np.ndarray, str]  # name, ranks (…, users), line style
+MARK = '<meta name="generator" content="LC-Rec report.py">'
+SHOWN_HISTORY, SHOWN_ITEMS, BINS = 6, 5, 5
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
 h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem } svg, img { max-width: 100%; height: auto }
@@ -32,49 +32,26 @@ border-bottom: 1px solid #ddd; vertical-align: top } .wide { overflow-x: auto } 
 """
 
 
-@dataclass(frozen=True)
-class Scored:
-    """One results file.
-
-    Args:
-        label: its name in the table.
-        results: what the file holds.
-        shown: the records of a few users (`some_records`).
-        ranks: the target's rank, int (prompts, samples), -1 if it is not in the list.
-    """
-
-    label: str
-    path: Path
-    results: dict[str, Any]
-    shown: list[dict[str, Any]]
-    ranks: np.ndarray
-
-    @property
-    def predictions(self) -> Path:
-        """The file with the ranked lists."""
-        return self.path.with_name(f"{self.path.stem}.predictions.jsonl")
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The flags of test.py."""
-        return self.results.get("config", {}).get("arguments", {})
-
-
-def page(data: RecData, runs: list[Scored], references: dict[str, np.ndarray], table: str, note: str) -> str:
+def page(data: RecData, runs: list[Scored], references: dict[str, np.ndarray], rows: list[list[str]], note: str) -> str:
     """The page's HTML.
 
     Args:
         references: ranks (users,) of what needs no model, by name.
-        table: the Markdown table of all rows, shown as it is.
+        rows: the table, its head first.
     """
     title = f"{data.name}: {', '.join(run.label for run in runs)}"
+    compared = [(run.label, run.ranks, "-") for run in runs] + [
+        (f"{run.label}, unseen", run.unseen, "-.") for run in runs
+    ]
+    compared += [(name, ranks, "--") for name, ranks in references.items()]
     parts = [
         f"<h1>{html.escape(title)}</h1>",
-        f'<div class="wide">{markdown_table(table)}</div><p class="small">{html.escape(note)}</p>',
+        f'<div class="wide">{html_table(rows)}</div><p class="small">{html.escape(note)} Rows and lines "unseen" leave out what '
+        "the user has met before.</p>",
         "<h2>Lists of every length</h2>",
-        figure(curves_by_k, runs, references),
+        figure(curves_by_k, compared, max(run.longest for run in runs)),
         "<h2>For whom</h2>",
-        figure(by_group, data, runs, references),
+        for_whom(data, runs, compared),
         training_part(runs),
         index_part(data),
         f"<h2>Examples</h2><p class='small'>Users drawn at random, first template, of {html.escape(runs[0].label)}; "
@@ -82,38 +59,36 @@ def page(data: RecData, runs: list[Scored], references: dict[str, np.ndarray], t
         examples(data, runs[0]),
         settings_part(runs),
     ]
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+    head = f'<meta charset="utf-8">{MARK}<title>{html.escape(title)}</title><style>{STYLE}</style>'
     head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
 
 
-def markdown_table(text: str) -> str:
-    """A Markdown table as HTML."""
-    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if not line.startswith("| ---")]
-    rows = [
-        "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line) + "</tr>"
-        for tag, line in zip(["th"] + ["td"] * len(lines), lines, strict=False)
+def html_table(rows: list[list[str]]) -> str:
+    """Rows of plain text as HTML, the head first."""
+    lines = [
+        "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
+        for tag, row in zip(["th"] + ["td"] * (len(rows) - 1), rows, strict=True)
     ]
-    return f"<table>{''.join(rows)}</table>"
+    return f"<table>{''.join(lines)}</table>"
 
 
 # ---- figures ----
 
 
 def figure(draw: Any, *args: Any) -> str:
-    """An SVG of what `draw(figure, *args)` draws; empty if it says that there is nothing."""
+    """An SVG of what `draw(figure, *args)` draws."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with pyplot.rc_context(
-        {"svg.hashsalt": "lc-rec", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    ):
+    style = {"svg.hashsalt": "lc-rec", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+    style |= {"text.parse_math": False}  # a name with $ is no formula
+    with pyplot.rc_context(style), warnings.catch_warnings(action="ignore"):  # letters that the font lacks
         canvas = pyplot.figure(figsize=(9, 3.4), layout="constrained")
         try:
-            if draw(canvas, *args) is False:
-                return ""
+            draw(canvas, *args)
             text = io.StringIO()
             canvas.savefig(text, format="svg", metadata={"Date": None})
         finally:
@@ -121,22 +96,16 @@ def figure(draw: Any, *args: Any) -> str:
     return re.sub(r"^.*?(?=<svg)", "", text.getvalue(), flags=re.DOTALL)
 
 
-def _named(runs: list[Scored], references: dict[str, np.ndarray]) -> list[tuple[str, np.ndarray, str]]:
-    """Name, ranks (…, users) and line style of everything that is compared."""
-    return [(run.label, run.ranks, "-") for run in runs] + [(name, ranks, "--") for name, ranks in references.items()]
-
-
-def curves_by_k(canvas: Any, runs: list[Scored], references: dict[str, np.ndarray]) -> None:
-    """HR@k and NDCG@k for k from 1 to the lists' length."""
-    longest = min(len(record["items"]) for run in runs for record in run.shown[:1])
+def curves_by_k(canvas: Any, compared: list[Compared], longest: int) -> None:
+    """HR@k and NDCG@k for k up to `longest`."""
     places = np.arange(1, max(2, longest) + 1)
     for axes, kind, name in zip(canvas.subplots(1, 2), ("hit", "ndcg"), ("HR@k", "NDCG@k"), strict=True):
-        for label, ranks, style in _named(runs, references):
+        for label, ranks, style in compared:
             gains = np.array([(ranks == rank).mean() * METRICS[kind](rank, rank + 1) for rank in range(len(places))])
             axes.plot(places, gains.cumsum(), style, label=label)
         axes.set(xlabel="k", ylabel=name, ylim=(0, None), xlim=(0, len(places) + 1))
         axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize=8)
 
 
 def groups(values: np.ndarray) -> list[tuple[str, np.ndarray]]:
@@ -152,10 +121,15 @@ def groups(values: np.ndarray) -> list[tuple[str, np.ndarray]]:
     return found or [(f"{int(values[0])}", np.ones(len(values), bool))]
 
 
-def by_group(canvas: Any, data: RecData, runs: list[Scored], references: dict[str, np.ndarray]) -> bool | None:
+def for_whom(data: RecData, runs: list[Scored], compared: list[Compared]) -> str:
+    """The figure by groups of users, which needs all of them."""
+    if any(len(run.users) != len(data.inters) for run in runs):
+        return '<p class="small">Only some of the users were tested.</p>'
+    return figure(by_group, data, compared)
+
+
+def by_group(canvas: Any, data: RecData, compared: list[Compared]) -> None:
     """HR@10 by the length of the history, and by how often the target occurs in training."""
-    if any(run.ranks.shape[1] != len(data.inters) for run in runs):
-        return False  # a sample of the users
     counts = np.zeros(len(data.titles), dtype=np.int64)
     for items in data.inters.values():
         np.add.at(counts, items[:-2], 1)
@@ -164,7 +138,7 @@ def by_group(canvas: Any, data: RecData, runs: list[Scored], references: dict[st
     targets = np.array([counts[items[-1]] for items in histories])
     names = {"items in the history": lengths, "occurrences of the target in training": targets}
     for axes, (name, values) in zip(canvas.subplots(1, 2, sharey=True), names.items(), strict=True):
-        parts, compared = groups(values), _named(runs, references)
+        parts = groups(values)
         for number, (label, ranks, _) in enumerate(compared):
             hits = ((np.atleast_2d(ranks) >= 0) & (np.atleast_2d(ranks) < 10)).mean(axis=0)
             places = np.arange(len(parts)) + 0.8 * ((number + 0.5) / len(compared) - 0.5)
@@ -175,56 +149,46 @@ def by_group(canvas: Any, data: RecData, runs: list[Scored], references: dict[st
         axes.set_xlabel(name)
     canvas.axes[0].set_ylabel("HR@10")
     axes.legend(frameon=False, fontsize=8)
-    return None
 
 
 # ---- training, index, settings ----
 
 
-def log_history(checkpoint: Path) -> list[dict[str, float]]:
-    """What was logged in the training of the model in `checkpoint`: from the newest `trainer_state.json` there."""
-    found = [path for path in checkpoint.glob("checkpoint-*/trainer_state.json") if path.parent.name[11:].isdigit()]
-    own = checkpoint / "trainer_state.json"
-    newest = own if own.is_file() else max(found, key=lambda path: int(path.parent.name[11:]), default=None)
-    if newest is None:
-        return []
-    try:
-        return [row for row in read_json(newest)["log_history"] if isinstance(row.get("step"), int)]
-    except (UserError, KeyError, TypeError, AttributeError):
-        return []
-
-
 def learning_curves(canvas: Any, history: list[dict[str, float]]) -> None:
     """The loss of each task, and what was measured on the validation split."""
     train, valid = canvas.subplots(1, 2)
-    names = sorted({name for row in history for name in row if name.startswith("loss")})
-    for name in names:
+    for name in sorted({name for row in history for name in row if name.startswith("loss")}):
         points = [(row["step"], row[name]) for row in history if name in row]
         train.plot(*zip(*points, strict=True), label=name.removeprefix("loss_"), linewidth=2 if name == "loss" else 1)
     train.set(xlabel="step", ylabel="training loss")
-    train.legend(frameon=False, fontsize=8)
     second = valid.twinx()
-    for name, axes, style in (("loss", valid, "o-"), ("hit@10", second, "s--"), ("ndcg@10", second, "^--")):
+    drawn = []
+    for number, (name, axes) in enumerate((("loss", valid), ("hit@10", second), ("ndcg@10", second))):
         points = [(row["step"], row[f"eval_{name}"]) for row in history if f"eval_{name}" in row]
         if points:
-            axes.plot(*zip(*points, strict=True), style, label=name, color="C0" if axes is valid else None)
-    valid.set(xlabel="step", ylabel="validation loss", xlim=train.get_xlim())
+            drawn += axes.plot(
+                *zip(*points, strict=True), "o-" if axes is valid else "s--", label=name, color=f"C{number}"
+            )
+    valid.set(xlabel="step", ylabel="validation loss")
     second.set(ylabel="validation HR, NDCG", ylim=(0, None))
-    if second.lines:
-        second.legend(frameon=False, fontsize=8)
-    else:
+    for axes in (train, valid):
+        axes.set_xlim(0, 1.05 * max(row["step"] for row in history) + 1)
+    if not second.lines:
         second.set_axis_off()
+    if train.lines:
+        train.legend(frameon=False, fontsize=8)
+    if drawn:
+        valid.legend(handles=drawn, frameon=False, fontsize=8)
 
 
 def training_part(runs: list[Scored]) -> str:
-    """The learning curves of every run that has some."""
-    parts = []
+    """The learning curves of every run."""
+    parts = ["<h2>Training</h2>"]
     for run in runs:
-        folder = run.arguments.get("ckpt_path")
-        history = log_history(Path(folder)) if isinstance(folder, str) else []
-        if history:
-            parts.append(f"<p>{html.escape(run.label)}</p>{figure(learning_curves, history)}")
-    return f"<h2>Training</h2>{''.join(parts)}" if parts else ""
+        history = log_history(run.checkpoint) if run.checkpoint else []
+        said = run.label if history else f"{run.label}: no log of the training in {str(run.checkpoint)[:200]}"
+        parts.append(f"<p>{html.escape(said)}</p>{figure(learning_curves, history) if history else ''}")
+    return "".join(parts)
 
 
 def index_part(data: RecData) -> str:
@@ -236,12 +200,12 @@ def index_part(data: RecData) -> str:
         _, counts = np.unique(tokens, return_counts=True)
         shares = counts / counts.sum()
         entropy = float(-(shares * np.log2(shares)).sum()) + 0.0
-        rows.append(f"| {level + 1} | {len(counts)} | {entropy:.2f} | {shares.max():.2%} |")
-    head = "| level | codes in use | entropy, bits | items of the largest code |\n| --- |"
+        rows.append([f"{level + 1}", f"{len(counts)}", f"{entropy:.2f}", f"{shares.max():.2%}"])
+    head = ["level", "codes in use", "entropy, bits", "items of the largest code"]
     parts = [
         "<h2>Item index</h2>",
         f"<p>{len(data.titles):,} items; {data.shared_items:,} of them share their index with another.</p>",
-        markdown_table("\n".join([head, *rows])),
+        html_table([head, *rows]),
     ]
     picture = data.files.get("index", Path("none")).with_suffix(".report.png")
     if picture.is_file():
@@ -251,39 +215,27 @@ def index_part(data: RecData) -> str:
 
 
 def settings_part(runs: list[Scored]) -> str:
-    """All settings of every run, folded."""
-    parts = [
-        f"<details><summary>{html.escape(str(run.path))}</summary>"
-        f"<pre>{html.escape(json.dumps(run.results.get('config', {}), indent=2, ensure_ascii=False))}</pre></details>"
-        for run in runs
-    ]
-    return f"<h2>Settings</h2>{''.join(parts)}"
+    """All settings of every test and of the training before it, folded."""
+    parts = ["<h2>Settings</h2>"]
+    for run in runs:
+        found = {f"test: {run.path}": run.config}
+        if run.checkpoint and (trained := run_record(run.checkpoint)):
+            found[f"training: {run.checkpoint}"] = trained
+        for name, settings in found.items():
+            text = html.escape(json.dumps(settings, indent=2, ensure_ascii=False))
+            parts.append(f"<details><summary>{html.escape(name)}</summary><pre>{text}</pre></details>")
+    return "".join(parts)
 
 
 # ---- examples ----
-
-
-def some_records(records: Iterable[dict[str, Any]], samples: int, data: RecData, seed: int = 0) -> list[dict[str, Any]]:
-    """A few of the first `samples` records, those of the first prompt, drawn at random.
-
-    Raises:
-        UserError: one of them names an item that the data lack.
-    """
-    chosen = set(np.random.default_rng(seed).permutation(samples)[:EXAMPLES].tolist())
-    found = [record for number, record in enumerate(islice(records, samples)) if number in chosen]
-    for record in found:
-        for item in (*record["items"], record["target"], record.get("target_item", record["target"])):
-            if not isinstance(item, int) or not 0 <= item < len(data.titles):
-                raise UserError(f"the predictions name the item {item!r}, which is not in {data.name}")
-    return found
 
 
 def examples(data: RecData, run: Scored) -> str:
     """A few users: the end of their history, what came next, and the first items of their list."""
     rows = ["<tr><th>history (the last items)</th><th>came next</th><th>first in the list</th></tr>"]
     for record in run.shown:
-        history = data.inters.get(record.get("user"), [])[:-1][-SHOWN_HISTORY:]
-        target = record["target"]
+        history = data.inters[record["user"]][:-1][-SHOWN_HISTORY:]
+        target, came = record["target"], data.inters[record["user"]][-1]
         listed = [
             f"<li{' class=hit' * (item == target)}>{title(data, item)}</li>" for item in record["items"][:SHOWN_ITEMS]
         ]
@@ -291,7 +243,7 @@ def examples(data: RecData, run: Scored) -> str:
         said = f"{place}. in the list" if place else f"not among {len(record['items'])}"
         rows.append(
             f"<tr><td>{'; '.join(title(data, item) for item in history)}</td>"
-            f'<td>{title(data, record.get("target_item", target))}<br><span class="small">{said}</span></td>'
+            f'<td>{title(data, came)}<br><span class="small">{said}</span></td>'
             f"<td><ol>{''.join(listed)}</ol></td></tr>"
         )
     return f"<table>{''.join(rows)}</table>"

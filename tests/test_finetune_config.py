@@ -80,6 +80,7 @@ def test_what_the_command_line_decides_is_auto(name):
         (["--fp16", "--bf16"], "exclude each other"),
         (["--deepspeed", "nowhere.json"], "--deepspeed nowhere.json: no such file"),
         (["--load_in_4bit"], "add --lora"),
+        (["--load_in_4bit", "--lora"], "ZeRO-3 cannot part quantised weights; use --deepspeed none or a ds_z2 file"),
         (["--train_new_rows_only"], "add --lora"),
         (["--init_item_tokens", "nowhere.npy"], "--init_item_tokens nowhere.npy: no such file"),
         (["--select_by", "ndcg@10"], "needs --eval_ranking"),
