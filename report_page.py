@@ -47,7 +47,7 @@ def page(data: RecData, runs: list[Scored], references: dict[str, np.ndarray], r
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         f'<div class="wide">{html_table(rows)}</div><p class="small">{html.escape(note)} Rows and lines "unseen" leave out what '
-        "the user has met before.</p>",
+        "the user has met before; a model's lists get shorter by that.</p>",
         "<h2>Lists of every length</h2>",
         figure(curves_by_k, compared, max(run.longest for run in runs)),
         "<h2>For whom</h2>",
