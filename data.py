@@ -75,6 +75,14 @@ class RecData:
         return [first.setdefault(index, item) for item, index in enumerate(self.indices)]
 
     @cached_property
+    def train_counts(self) -> np.ndarray:
+        """How often every item occurs in the training parts (`items[:-2]`): int64 (items,)."""
+        counts = np.zeros(len(self.titles), dtype=np.int64)
+        for items in self.inters.values():
+            np.add.at(counts, items[:-2], 1)
+        return counts
+
+    @cached_property
     def shared_items(self) -> int:
         """How many items share their index with another item."""
         _, counts = np.unique(self.canonical, return_counts=True)

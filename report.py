@@ -66,12 +66,9 @@ def intervals(user_values: np.ndarray, seed: int = 0) -> np.ndarray:
 def popularity_ranks(data: RecData, leave_out_seen: bool) -> np.ndarray:
     """The rank (from 0) of every user's test target when all items are ranked by popularity; ties by item id.
 
-    Popularity is counted on the training parts (`items[:-2]`). int64 (users,).
+    Popularity is counted on the training parts (`RecData.train_counts`). int64 (users,).
     """
-    counts = np.zeros(len(data.titles), dtype=np.int64)
-    for items in data.inters.values():
-        np.add.at(counts, items[:-2], 1)
-    order = np.argsort(-counts, kind="stable")
+    order = np.argsort(-data.train_counts, kind="stable")
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
     ranks = []
@@ -95,14 +92,12 @@ def cells(rows: dict[str, dict[str, np.ndarray | float]], names: str) -> list[li
     """The table's rows as text: label, and each metric's mean with its 95 % bootstrap interval over users."""
     metrics = [name for name, _, _ in parse(names)]
     found = [["model", *(name.replace("hit", "HR").replace("ndcg", "NDCG") for name in metrics)]]
-    sizes = {len(row[metrics[0]]) for row in rows.values() if not isinstance(row[metrics[0]], float)}
+    columns = {(label, name): row[name] for label, row in rows.items() for name in metrics}
+    columns = {key: column for key, column in columns.items() if isinstance(column, np.ndarray)}
     ends: dict[tuple[str, str], np.ndarray] = {}
-    for size in sizes:
-        columns = {
-            (label, name): row[name] for label, row in rows.items() for name in metrics if np.size(row[name]) == size
-        }
-        columns = {key: column for key, column in columns.items() if not isinstance(column, float)}
-        ends.update(zip(columns, intervals(np.stack(list(columns.values()), axis=1)), strict=True))
+    for size in {len(column) for column in columns.values()}:  # all rows of as many users at once
+        same = {key: column for key, column in columns.items() if len(column) == size}
+        ends.update(zip(same, intervals(np.stack(list(same.values()), axis=1)), strict=True))
     for label, row in rows.items():
         texts = [f"{np.mean(row[name]):.4f}" for name in metrics]
         for place, name in enumerate(metrics):

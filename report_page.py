@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from data import RecData
+from index.figures import level_usage
 from metrics.ranking import METRICS
 from run_files import Scored, log_history, run_record
 
@@ -130,12 +131,9 @@ def for_whom(data: RecData, runs: list[Scored], compared: list[Compared]) -> str
 
 def by_group(canvas: Any, data: RecData, compared: list[Compared]) -> None:
     """HR@10 by the length of the history, and by how often the target occurs in training."""
-    counts = np.zeros(len(data.titles), dtype=np.int64)
-    for items in data.inters.values():
-        np.add.at(counts, items[:-2], 1)
     histories = list(data.inters.values())
     lengths = np.array([len(items) - 1 for items in histories])
-    targets = np.array([counts[items[-1]] for items in histories])
+    targets = np.array([data.train_counts[items[-1]] for items in histories])
     names = {"items in the history": lengths, "occurrences of the target in training": targets}
     for axes, (name, values) in zip(canvas.subplots(1, 2, sharey=True), names.items(), strict=True):
         parts = groups(values)
@@ -197,10 +195,11 @@ def index_part(data: RecData) -> str:
     rows = []
     for level in range(levels):
         tokens = [index[level] for index in data.indices if len(index) > level]
-        _, counts = np.unique(tokens, return_counts=True)
-        shares = counts / counts.sum()
-        entropy = float(-(shares * np.log2(shares)).sum()) + 0.0
-        rows.append([f"{level + 1}", f"{len(counts)}", f"{entropy:.2f}", f"{shares.max():.2%}"])
+        codes = np.unique(tokens, return_inverse=True)[1]
+        usage = level_usage(codes, int(codes.max()) + 1)
+        rows.append(
+            [f"{level + 1}", f"{usage['used']}", f"{usage['entropy_bits']:.2f}", f"{usage['largest_share']:.2%}"]
+        )
     head = ["level", "codes in use", "entropy, bits", "items of the largest code"]
     parts = [
         "<h2>Item index</h2>",

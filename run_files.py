@@ -15,7 +15,7 @@ import numpy as np
 from data import RecData
 from evaluate import read_predictions
 from metrics.ranking import rank_of
-from utils import UserError, read_json, sha256
+from utils import UserError, checkpoints, read_json, sha256
 
 SHOWN = 8  # users whose lists are kept
 
@@ -150,8 +150,7 @@ def log_history(checkpoint: Path) -> list[dict[str, float]]:
     """What was logged in training: finite numbers by name, with `step`, from the newest `trainer_state.json` in `checkpoint`."""
     try:
         own = checkpoint / "trainer_state.json"
-        states = {int(path.parent.name[11:]): path for path in checkpoint.glob("checkpoint-*/trainer_state.json")}
-        newest = own if own.is_file() else states[max(states)]
+        newest = own if own.is_file() else checkpoints(checkpoint)[-1] / own.name
         history = read_json(newest)["log_history"]
         rows = [
             {
@@ -161,7 +160,7 @@ def log_history(checkpoint: Path) -> list[dict[str, float]]:
             }
             for row in history
         ]
-    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+    except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         return []
     return [row for row in rows if "step" in row]
 

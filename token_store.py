@@ -3,7 +3,7 @@
 A fast tokenizer cuts a text at the item tokens first and tokenises what is between them each by itself (and only the very
 first of these pieces may differ for being the first). So the pieces are what is kept: a separator or a template's beginning
 once for all samples, an item's description once for each template. Samples are put together from them. In memory are a hash and
-a number for each piece: about 140 bytes. `check` compares with the tokenizer itself.
+a number for each piece: about 120 bytes. `check` compares with the tokenizer itself.
 
 Files: `<folder>/<hash of the tokenizer>/<random>.tokens`, one for each process that found something new. Such a file only
 grows. A record is a piece's hash (4 words), the number of its tokens, a checksum (CRC-32) of both and of the tokens, and the
@@ -25,9 +25,10 @@ import numpy as np
 import tokenizers
 from tokenizers import Tokenizer
 
+from data import ITEM_TOKEN
 from utils import say
 
-ITEM_TOKENS = re.compile(r"(<[a-z]+_\d+>)")
+CUT = re.compile(f"({ITEM_TOKEN.pattern})")  # a split keeps the item tokens
 BEGUN_ITEM_TOKEN = re.compile(r"<([a-z]+(_\d*)?)?$")
 WORD = np.dtype("<u4")
 MAGIC = b"LC-Rec tokens 1\n"
@@ -83,7 +84,7 @@ class TokenStore:
     def _split(self, text: str) -> list[int | Piece]:
         parts: list[int | Piece] = []
         piece = ""  # what looks like an item token but is none in this vocabulary is text
-        for part in ITEM_TOKENS.split(text):
+        for part in CUT.split(text):
             item = self._items.get(part)
             if item is None:
                 piece += part
@@ -257,13 +258,13 @@ def _separate_copy(tokenizer: Any) -> Tokenizer:
 def _item_ids(tokenizer: Any) -> dict[str, int]:
     """The item tokens, which cut a text wherever they stand."""
     added = tokenizer.added_tokens_decoder
-    items = {token.content: number for number, token in added.items() if ITEM_TOKENS.fullmatch(token.content)}
+    items = {token.content: number for number, token in added.items() if ITEM_TOKEN.fullmatch(token.content)}
     if not items:
         raise ValueError("the tokenizer has no item tokens")
     for token in added.values():
         if token.content in items:
             if token.normalized or token.lstrip or token.rstrip or token.single_word:
                 raise ValueError(f"the tokenizer does not find {token.content} everywhere, or takes blanks with it")
-        elif ITEM_TOKENS.search(token.content) or BEGUN_ITEM_TOKEN.search(token.content[1:]):
+        elif ITEM_TOKEN.search(token.content) or BEGUN_ITEM_TOKEN.search(token.content[1:]):
             raise ValueError(f"the token {token.content!r} may overlap an item token")
     return items

@@ -29,7 +29,7 @@ from decoding import PrefixCache, beam_search
 from metrics.ranking import hit, ndcg, rank_of
 from modeling import full_state, item_trie
 from packing import PACKED, LabelledHead
-from utils import UserError, is_main, rank, world_size
+from utils import UserError, checkpoints, is_main, rank, world_size
 
 PARTIAL = ".partial"
 MOST_DEALT = 16  # each process looks at the texts of a whole step to deal them evenly: 0.1 ms a sample
@@ -374,12 +374,6 @@ class RecTrainer(Trainer):
                 self.model.config.save_pretrained(folder)
             self.processing_class.save_pretrained(folder)
             torch.save(self.args, folder / "training_args.bin")
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The complete `checkpoint-N` folders, the oldest first. (A checkpoint gets its name when all of it is written.)"""
-    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return sorted((p for p in found if p.name[11:].isdigit()), key=lambda path: int(path.name[11:]))
 
 
 def checkpoint_bytes(model: Any) -> int:

@@ -137,6 +137,12 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete `checkpoint-N` folders, the oldest first. (A checkpoint gets its name when all of it is written.)"""
+    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return sorted((p for p in found if p.name[11:].isdecimal()), key=lambda path: int(path.name[11:]))
+
+
 def versions(*packages: str) -> dict[str, str]:
     """Python's version and those of the installed `packages`, for the record beside a result."""
     found = {"python": platform.python_version()}

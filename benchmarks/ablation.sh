@@ -2,7 +2,7 @@
 # What each group of tasks adds: SEQ, then +MUT, +ASY, +ITE, +PER, as in the paper's ablation, on the embedded default.
 #
 #   bash benchmarks/ablation.sh                             MovieLens-100k, the tiny model; prints a table, test split
-#   SEEDS="42 43 44" bash benchmarks/ablation.sh      mean over seeds
+#   SEEDS="42 43 44" bash benchmarks/ablation.sh            mean and standard deviation over seeds
 #   STEPS=500 bash benchmarks/ablation.sh                   a fixed number of optimiser steps for every row
 #
 # SEQ seqrec | MUT item2index, index2item | ASY fusionseqrec | ITE itemsearch | PER preferenceobtain.
@@ -33,15 +33,23 @@ for seed in ${SEEDS:-42}; do
 done
 python - "${rows[@]}" <<'EOF'
 import json
+import statistics
 import sys
 
 scores: dict[str, list[dict]] = {}
 for row in sys.argv[1:]:
     name, _, path = row.partition("=")
     scores.setdefault(name, []).append(json.load(open(path, encoding="utf-8"))["mean_results"])
+
+
+def cell(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{spread}"
+
+
 metrics = list(next(iter(scores.values()))[0])
 print("| tasks | " + " | ".join(metrics) + " |")
 print("| --- |" + " --- |" * len(metrics))
 for name, runs in scores.items():
-    print(f"| {name} | " + " | ".join(f"{sum(run[m] for run in runs) / len(runs):.4f}" for m in metrics) + " |")
+    print(f"| {name} | " + " | ".join(cell([run[m] for run in runs]) for m in metrics) + " |")
 EOF

@@ -6,8 +6,8 @@
 
 Both make the token ids of the same batches of 8 samples of the six tasks, in turn, batch by batch, on one thread, and must give
 the same. Printed for each epoch, which draws templates of its own: the ratio of their CPU times, how many pieces of text (b)
-found in its store and how many tokens were in those it did not find. After the last epoch the store is opened anew, as a run
-that is resumed or another with the same data does it, and reads the last epoch again.
+had to tokenise and what share it found in its store; at the end the size of the store on disk and in memory. After the last
+epoch the store is opened anew, as a run that is resumed or another with the same data does it, and reads that epoch again.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from arguments import TASKS  # noqa: E402
-from benchmarks.bench_train import OFFICE, make_office  # noqa: E402
-from utils import UserError, run_main, write_json  # noqa: E402
+from benchmarks.bench_train import make_data_and_base  # noqa: E402
+from utils import run_main, write_json  # noqa: E402
 
 BATCH = 8
 
@@ -79,22 +79,15 @@ def main(argv: list[str] | None = None) -> None:
     """Make data and tokenizer, then compare."""
     options = parse(argv)
     from data import HistoryFormat, TrainSet, load_data
-    from data_process.base_model import main as make_base
     from modeling import add_item_tokens, load_tokenizer
     from prompt import load_prompts
     from token_store import TokenStore
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        data_path = Path(options.data_path).resolve() if options.data_path else folder / "data"
-        if not options.data_path:
-            if not OFFICE.is_dir():
-                raise UserError(f"{OFFICE} is not there; name a dataset with --data_path and --dataset")
-            make_office(data_path)
-        base = ["--data_path", str(data_path), "--dataset", options.dataset]
-        make_base([options.model, "--target", str(folder / "base"), *base])
+        data_path, base = make_data_and_base(options, folder)
         data = load_data(str(data_path), options.dataset, need_users=True)
-        tokenizer = load_tokenizer(folder / "base")
+        tokenizer = load_tokenizer(base)
         add_item_tokens(tokenizer, data.item_tokens)
         train = TrainSet(data, load_prompts(None), [(task, 1, 0) for task in TASKS], HistoryFormat())
         store, rows = TokenStore(tokenizer, folder / "store"), []
@@ -103,10 +96,12 @@ def main(argv: list[str] | None = None) -> None:
             order = random.Random(epoch).sample(range(len(train)), len(train))
             rows.append(read_epoch(train, order, tokenizer, store))
             print(line(f"epoch {epoch + 1}", rows[-1]), flush=True)
+        places = store._places
+        held = sys.getsizeof(places) + sum(sys.getsizeof(key) + sys.getsizeof(place) for key, place in places.items())
         size = sum(path.stat().st_size for path in store.folder.iterdir())
         print(
             f"{rows[0]['samples']:,} samples and {rows[0]['tokens']:,} tokens an epoch; kept: {store.tokenised:,} pieces in "
-            f"{size / 1e6:.1f} MB"
+            f"{size / 1e6:.1f} MB, {held / len(places):.0f} bytes of memory each"
         )
         rows.append(read_epoch(train, order, tokenizer, TokenStore(tokenizer, folder / "store")))
         print(line("opened anew", rows[-1]), flush=True)

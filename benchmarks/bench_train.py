@@ -70,6 +70,19 @@ def make_office(folder: Path) -> None:
     )
 
 
+def make_data_and_base(options: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
+    """The data path that `--data_path` names, or Office in `folder`, and the base model `--model`, made in `folder`."""
+    from data_process.base_model import main as make_base
+
+    data_path, base = Path(options.data_path or folder / "data").resolve(), folder / "base"
+    if not options.data_path:
+        if not OFFICE.is_dir():
+            raise UserError(f"{OFFICE} is not there; name a dataset with --data_path and --dataset")
+        make_office(data_path)
+    make_base([options.model, "--target", str(base), "--data_path", str(data_path), "--dataset", options.dataset])
+    return data_path, base
+
+
 def worker(job: dict) -> None:
     """One run, inside a process of its own (or torchrun's): trains and prints its figures as JSON."""
     flags = [
@@ -277,20 +290,10 @@ def main(argv: list[str] | None = None) -> None:
     if options.worker:
         worker(json.loads(options.worker))
         return
-    from data_process.base_model import main as make_base
-
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        data_path = Path(options.data_path).resolve() if options.data_path else folder / "data"
-        if not options.data_path:
-            if not OFFICE.is_dir():
-                raise UserError(f"{OFFICE} is not there; name a dataset with --data_path and --dataset")
-            make_office(data_path)
-        make_base(
-            [options.model, "--target", str(folder / "base")]
-            + ["--data_path", str(data_path), "--dataset", options.dataset]
-        )
-        rows = compare(options, folder / "base", data_path, folder)
+        data_path, base = make_data_and_base(options, folder)
+        rows = compare(options, base, data_path, folder)
         if options.output:
             write_json(options.output, rows)
 

@@ -265,7 +265,7 @@ def test_the_newest_log_is_taken_and_what_is_broken_is_left_out(tmp_path):
     ):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"log_history": rows}))
-    assert run_files.log_history(tmp_path) in ([], [{"step": 10.0}])
+    assert run_files.log_history(tmp_path) == []  # a step without end: the whole log is broken
     (tmp_path / "checkpoint-10" / "trainer_state.json").write_text(
         json.dumps({"log_history": [{"step": 10, "x": "y"}]})
     )
