@@ -37,7 +37,6 @@ from arguments import add_data, add_global, add_train, comma_list, make_parser, 
 from collator import TrainCollator
 from data import TASKS, HistoryFormat, RecData, TaskValidSet, TrainSet, ValidSet, load_data
 from prompt import load_prompts
-from token_store import TokenStore
 from utils import (
     UserError,
     is_main,
@@ -65,12 +64,9 @@ FREE_ON_RESUME = {
         "init_item_tokens",
     ),
     *("logging_step", "report_to", "save_total_limit", "gradient_checkpointing", "eval_task_samples"),
-    "token_cache",
 }
 OWN_TENSORBOARD_DIR = "TENSORBOARD_LOGGING_DIR" in os.environ  # else each run of this process gets its own below
 PREPARED = "base_with_item_tokens"  # folder in output_dir, removed at the end
-CHECKED = 8  # samples of each task whose tokens are compared with the tokenizer's own before the store is used
-TOKENS = ".tokens"  # the same, unless --token_cache names another place
 
 
 def quiet() -> None:
@@ -98,12 +94,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=100,
         metavar="N",
         help="samples of each task but seqrec whose loss is logged at each evaluation; 0: none",
-    )
-    parser.add_argument(
-        "--token_cache",
-        metavar="DIR",
-        help="keep the texts' tokens in DIR, for other runs with the same tokenizer too (nothing there is ever removed); "
-        "none: tokenise every time; if absent: in --output_dir until the run has ended",
     )
     args = parser.parse_args(argv)
     parse_tasks(args)
@@ -220,7 +210,6 @@ def remove_run(folder: Path) -> None:
         "checkpoint-*",
         "final-checkpoint-*",
         "runs",
-        TOKENS,
         "run.json",
         "train.log",
         "*.safetensors",
@@ -543,7 +532,7 @@ def make_trainer(run: Run) -> Any:
 
     check_space(run.folder, 2 * checkpoint_bytes(run.model), "a checkpoint and the final model need")
     args, tasks = run.args, list(dict.fromkeys([*run.train_set.names, "seqrec"]))
-    store, ranking = token_store(run), None
+    ranking = None
     if args.eval_ranking > 0:
         ranking = Ranking(
             run.valid_set,
@@ -552,7 +541,6 @@ def make_trainer(run: Run) -> Any:
             args.per_device_batch_size,
             args.seed,
             no_eos=args.no_eos,
-            store=store,
         )
     trainer = RecTrainer(
         model=run.model,
@@ -563,49 +551,16 @@ def make_trainer(run: Run) -> Any:
         train_dataset=run.train_set,
         eval_dataset=run.valid_set,
         data_collator=TrainCollator(
-            run.tokenizer, args.model_max_length, args.only_train_response, args.packing, tasks, args.no_eos, store
+            run.tokenizer, args.model_max_length, args.only_train_response, args.packing, tasks, args.no_eos
         ),
         processing_class=run.tokenizer,
-        callbacks=[Epochs(run.train_set, store), RunLog(run.folder / "train.log")],
+        callbacks=[Epochs(run.train_set), RunLog(run.folder / "train.log")],
     )
     for chatty in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(chatty)
     if sys.stderr.isatty():
         trainer.add_callback(Bar)
     return trainer
-
-
-def token_store(run: Run) -> TokenStore | None:
-    """Where the texts' tokens are kept, or None for a tokenizer whose texts cannot be put together from pieces."""
-    if (run.args.token_cache or "").lower() == "none":
-        return None
-    samples, begin = [], 0
-    for count in run.train_set.counts().values():  # some of each task
-        samples += [run.train_set[begin + i] for i in range(0, count, max(1, count // CHECKED))]
-        begin += count
-    samples += [run.valid_set[i] for i in range(min(CHECKED, len(run.valid_set)))]
-    try:
-        store = TokenStore(run.tokenizer, run.args.token_cache or run.folder / TOKENS)
-        store.check(run.tokenizer, [sample["prompt"] + sample["response"] for sample in samples])
-    except ValueError as reason:
-        say(f"note: texts are tokenised anew for every batch ({reason})")
-        return None
-    return store
-
-
-def forget_tokens(run: Run) -> None:
-    """Say how often the store was of use, and remove it if it is the run's own."""
-    from training import barrier
-
-    if store := run.trainer.data_collator.store:
-        share = store.found / max(1, store.found + store.tokenised)
-        say(
-            f"tokens: {store.tokenised:,} pieces of text tokenised, {share:.1%} of all pieces found in the store (main process)"
-        )
-        store.close()
-    barrier()  # nobody reads what is removed
-    if run.args.token_cache is None:
-        shutil.rmtree(run.folder / TOKENS, ignore_errors=True)  # each node its own, where they share no disk
 
 
 def task_samples(run: Run) -> TaskValidSet | None:
@@ -638,7 +593,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     run = prepare(args)
     run.trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
-    forget_tokens(run)
     save_final(run.trainer, run.tokenizer, run.folder, args.lora)
 
 

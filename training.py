@@ -88,16 +88,14 @@ class Bar(ProgressCallback):
 
 
 class Epochs(TrainerCallback):
-    """Tells the training set which epoch begins, so that it draws that epoch's templates; `store` looks for new tokens."""
+    """Tells the training set which epoch begins, so that it draws that epoch's templates."""
 
-    def __init__(self, train_set: Any, store: Any = None):
-        self.train_set, self.store = train_set, store
+    def __init__(self, train_set: Any):
+        self.train_set = train_set
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """`state.epoch` counts whole and partial epochs; a resumed run begins inside one."""
         self.train_set.set_epoch(int(state.epoch or 0))
-        if self.store is not None:
-            self.store.refresh()
 
 
 class Ranking:
@@ -107,7 +105,6 @@ class Ranking:
         valid_set: the validation samples; each user's first template is used.
         count: how many users, drawn by `seed`; more than there are: all.
         batch_size: users per process and call.
-        store: where the prompts' tokens are kept (`token_store.TokenStore`), if anywhere.
     """
 
     def __init__(
@@ -119,12 +116,11 @@ class Ranking:
         seed: int,
         num_beams: int = 20,
         no_eos: bool = False,
-        store: Any = None,
     ):
         rows = len(valid_set) // valid_set.prompt_num
         self.users = sorted(random.Random(seed).sample(range(rows), min(count, rows)))
         self.valid_set, self.tokenizer, self.num_beams, self.batch_size = valid_set, tokenizer, num_beams, batch_size
-        self.trie, self.store = item_trie(tokenizer, valid_set.data, no_eos), store
+        self.trie = item_trie(tokenizer, valid_set.data, no_eos)
 
     def __call__(self, model: Any) -> dict[str, float]:
         """`{"hit@10": …, "ndcg@10": …}` over the users of all processes, which must all call this."""
@@ -146,14 +142,14 @@ class Ranking:
 
     def _prefix(self, model: Any) -> PrefixCache:
         """What the prompts begin with, read once: `beam_search` alone has a pass more for two prompts than for one."""
-        ids = encode_prompts(self.tokenizer, self._prompts(self.users[:32]), self.store)
+        ids = encode_prompts(self.tokenizer, self._prompts(self.users[:32]))
         return PrefixCache(model, os.path.commonprefix(ids) or ids[0][:1])
 
     @torch.no_grad()
     def _places(self, model: Any, users: list[int], prefix: PrefixCache) -> list[int]:
         """The rank of each user's validation item, from 0; -1 if it is not among the beams."""
         data = self.valid_set.data
-        batch = TestCollator(self.tokenizer, self.store)(self._prompts(users))
+        batch = TestCollator(self.tokenizer)(self._prompts(users))
         ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
         items, _ = beam_search(model, self.trie.to(model.device), ids, mask, self.num_beams, prefix, stop_early=False)
         targets = [data.canonical[self.valid_set.sample(user).target] for user in users]

@@ -213,11 +213,9 @@ def test_kill_minus_nine_then_resume_equals_the_run_without_interruption(world, 
         victim.wait()
         assert f"step {step}/" in log.read_text()
         assert not (world / "cut" / "config.json").exists(), "it was killed too late"
-        assert list((world / "cut" / ".tokens").rglob("*.tokens"))
     inside(command(world, *THREE_EPOCHS, "--resume_from_checkpoint", "auto", out="cut"))
     text = capsys.readouterr().out
     assert "resuming from" in text and "checkpoint-16" in text
-    assert not (world / "cut" / ".tokens").exists()
     check_equal_runs(whole, world / "cut")
 
 
@@ -254,38 +252,6 @@ def test_a_save_that_is_killed_never_becomes_the_latest(world, whole, capsys):
     assert "checkpoint-24" in capsys.readouterr().out
     assert not list((world / "saves").glob(".*"))
     check_equal_runs(whole, world / "saves")
-
-
-@pytest.mark.slow
-def test_a_second_run_tokenises_nothing_and_trains_the_same(world, capsys):
-    flags = ["--deepspeed", "none", "--epochs", "1", "--packing", "--token_cache"]
-    curves = []
-    for out, cache in (("anew", "none"), ("first", str(world / "cache")), ("second", str(world / "cache"))):
-        inside(command(world, *flags, cache, out=out))
-        curves.append(losses(next((world / out).glob("checkpoint-*"))))
-        said = capsys.readouterr().out
-        assert ("tokens: 0 pieces of text tokenised" in said) == (out == "second") and ("tokens: " in said) == (
-            cache != "none"
-        )
-    assert curves[0] == curves[1] == curves[2] and len(curves[0]) == 8
-    assert len(list((world / "cache").rglob("*.tokens"))) == 1
-    assert not (world / "first" / ".tokens").exists()
-
-
-@pytest.mark.slow
-def test_a_tokenizer_that_does_not_work_by_pieces_trains_all_the_same(world, capsys, monkeypatch):
-    import token_store
-
-    def refuse(*_: object) -> None:
-        raise ValueError("a reason")
-
-    flags = ["--deepspeed", "none", "--max_steps", "3"]
-    inside(command(world, *flags, out="stored"))
-    monkeypatch.setattr(token_store.TokenStore, "check", refuse)
-    inside(command(world, *flags, out="refused"))
-    assert "note: texts are tokenised anew for every batch (a reason)" in capsys.readouterr().out
-    one, other = (load_file(world / out / "model.safetensors") for out in ("stored", "refused"))
-    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.mark.slow
