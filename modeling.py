@@ -20,7 +20,7 @@ from arguments import comma_list
 from collator import adds_bos
 from convert.hub import local_or_hub
 from data import RecData
-from decoding import ItemTrie
+from trie import ItemTrie
 from utils import UserError, is_main, local_rank, say
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

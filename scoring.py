@@ -27,9 +27,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from arguments import TEST_TASKS, add_data, add_global, add_test, make_parser
+from beam_rows import PrefixCache
 from collator import encode_prompts, pad
 from data import TASKS, HistoryFormat, RecData, TestSet, load_data
-from decoding import PrefixCache, beam_search, pack_linears
+from decoding import beam_search, pack_linears
 from evaluate import check_metrics, ranks_of, summarise, too_long
 from metrics.ranking import means, rank_of
 from modeling import DTYPES, find_checkpoint, item_trie, load_for_test, pick_device

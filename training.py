@@ -23,9 +23,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
+from beam_rows import PrefixCache
 from collator import IGNORE, TestCollator, encode_prompts
 from data import ITEM_TOKEN
-from decoding import PrefixCache, beam_search
+from decoding import beam_search
 from metrics.ranking import hit, ndcg, rank_of
 from modeling import full_state, item_trie
 from packing import PACKED, LabelledHead
