@@ -100,6 +100,13 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     add("--learning_rate", type=float, default=2e-5, help="peak learning rate")
     add("--per_device_batch_size", type=int, default=8, help="samples per process and step")
     add("--gradient_accumulation_steps", type=int, default=2, help="batches per optimiser step")
+    add(
+        "--loss_average",
+        default="batch",
+        choices=("batch", "token"),
+        help="the loss of an optimiser step: batch, the original's, is the plain mean of each batch's mean over its own "
+        "labelled tokens; token is one mean over all labelled tokens of the step, in which long answers weigh more",
+    )
     add("--logging_step", type=int, default=10, help="optimiser steps between two lines of the log")
     add("--model_max_length", type=int, default=2048, help="longer samples are cut, in tokens")
     add("--weight_decay", type=float, default=0.01, help="decoupled weight decay of AdamW")

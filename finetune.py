@@ -548,6 +548,7 @@ def make_trainer(run: Run) -> Any:
         tasks=tasks,
         task_set=task_samples(run),
         ranking=ranking,
+        loss_average=args.loss_average,
         train_dataset=run.train_set,
         eval_dataset=run.valid_set,
         data_collator=TrainCollator(

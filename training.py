@@ -205,12 +205,21 @@ class RecTrainer(Trainer):
         tasks: the names that the numbers in a batch's `tasks` stand for.
         task_set: further validation samples, for the loss of each task alone; the evaluation loss leaves them out.
         ranking: called with the model after each evaluation; its figures join the evaluation's.
+        loss_average: "batch" or "token", what the loss of an optimiser's step is (`compute_loss`).
     """
 
-    def __init__(self, *args: Any, tasks: list[str], task_set: Any = None, ranking: Any = None, **more: Any):
+    def __init__(
+        self,
+        *args: Any,
+        tasks: list[str],
+        task_set: Any = None,
+        ranking: Any = None,
+        loss_average: str = "batch",
+        **more: Any,
+    ):
         super().__init__(*args, **more)
         self.tasks, self.task_set, self.ranking = tasks, task_set, ranking
-        self.model_accepts_loss_kwargs = True  # compute_loss divides by all labelled tokens of the step itself
+        self.model_accepts_loss_kwargs = loss_average == "token"  # then compute_loss is told the step's labelled tokens
         self.head = LabelledHead(self.accelerator.unwrap_model(self.model))
         self._sums = torch.zeros(len(tasks), 2, dtype=torch.float64)  # loss and labelled tokens since the last line
         self._seen = torch.zeros(2, dtype=torch.float64)  # tokens and samples since the last line
@@ -244,13 +253,17 @@ class RecTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """The mean over all labelled tokens of the optimiser's step, on all processes and accumulated batches."""
+        """A micro-batch's part of the loss of an optimiser's step.
+
+        `batch`: the mean over the micro-batch's own labelled tokens, 0 without any. The `Trainer` divides it by the number of
+        accumulated micro-batches, and the processes' gradients are averaged: a plain mean of means.
+        `token`: the mean over all labelled tokens of the step, on all processes and accumulated micro-batches.
+        """
         losses, tasks = self.token_losses(model, inputs)
         self._count(inputs, losses.detach(), tasks)
         if num_items_in_batch is None:
-            return losses.mean()
-        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return losses.sum() * scale / num_items_in_batch
+            return losses.sum() / max(1, len(losses))
+        return losses.sum() * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
 
     def _count(self, inputs: dict[str, Any], losses: Tensor, tasks: Tensor) -> None:
         self._sums = self._sums.to(losses.device)
