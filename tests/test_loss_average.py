@@ -55,7 +55,7 @@ def loss_by_hand(model: Any, tokenizer: Any, processes: list[Batches], average: 
 def train_by_hand(
     model: Any, tokenizer: Any, processes: list[Batches], accumulation: int, average: str
 ) -> list[tuple[float, float]]:
-    """Change `model` as training does; loss and gradient norm of each step. The last steps of the two epochs have what is left."""
+    """Change `model` as training does; loss and gradient norm of each step. An epoch's last step has what is left of it."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     epoch = len(processes[0]) // 2
     log = []
