@@ -226,10 +226,14 @@ class RecTrainer(Trainer):
         self._clock = time.monotonic()
 
     def get_train_dataloader(self) -> Any:
-        """transformers' own; packed rows of several processes are made about as long as each other."""
+        """transformers' own; packed rows of several processes are made about as long as each other.
+
+        Only where the loss is one mean over all tokens of a step: which process has a sample changes the means of batches.
+        """
         loader = super().get_train_dataloader()
         batches = getattr(loader.batch_sampler, "batch_sampler", None)  # accelerate's shard of the batches
-        if self.data_collator.packing and batches is not None and 1 < world_size() <= MOST_DEALT:
+        free = self.data_collator.packing and self.model_accepts_loss_kwargs
+        if free and batches is not None and 1 < world_size() <= MOST_DEALT:
             batches.sampler = EvenRows(batches.sampler, self.train_dataset, batches.batch_size, world_size())
         return loader
 
