@@ -34,9 +34,10 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 import torch
 
 from arguments import add_data, add_global, add_train, comma_list, make_parser, parse_tasks
-from collator import TrainCollator
+from collator import IGNORE, TrainCollator
 from data import TASKS, HistoryFormat, RecData, TaskValidSet, TrainSet, ValidSet, load_data
 from prompt import load_prompts
+from resume import find_resume
 from utils import (
     UserError,
     is_main,
@@ -66,6 +67,7 @@ FREE_ON_RESUME = {
     *("logging_step", "report_to", "save_total_limit", "gradient_checkpointing", "eval_task_samples"),
 }
 OWN_TENSORBOARD_DIR = "TENSORBOARD_LOGGING_DIR" in os.environ  # else each run of this process gets its own below
+CHECKED = 64  # samples of each task whose length is looked at
 PREPARED = "base_with_item_tokens"  # folder in output_dir, removed at the end
 
 
@@ -399,36 +401,6 @@ def check_same_run(old: dict[str, Any], new: dict[str, Any], where: Path) -> Non
             )
 
 
-def find_resume(args: argparse.Namespace, folder: Path) -> tuple[Path | None, Path | None]:
-    """The checkpoint to go on from, and the adapter to begin with, as `--resume_from_checkpoint` says (at most one of them).
-
-    Raises:
-        UserError: the path is neither, or the checkpoint would run foreign code when loaded.
-    """
-    from convert.scan import check_checkpoint
-    from training import checkpoints
-
-    if args.resume_from_checkpoint is None:
-        return None, None
-    if args.resume_from_checkpoint == "auto":
-        found = checkpoints(folder)
-        say(f"resuming from {found[-1]}" if found else f"{folder}: no checkpoint yet, starting from the beginning")
-        path = found[-1] if found else None
-    else:
-        path = Path(args.resume_from_checkpoint)
-        if args.lora and (path / "adapter_config.json").is_file() and not (path / "trainer_state.json").is_file():
-            check_checkpoint(path)
-            return None, path
-        if not (path / "trainer_state.json").is_file():
-            raise UserError(
-                f"--resume_from_checkpoint {path}: neither a complete checkpoint-N folder (no trainer_state.json) "
-                "nor, with --lora, an adapter (no adapter_config.json)"
-            )
-    if path is not None:
-        check_checkpoint(path)
-    return path, None
-
-
 def save_final(trainer: Any, tokenizer: Any, folder: Path, lora: bool) -> None:
     """Consolidate the trained weights into `folder` itself, whatever the DeepSpeed configuration gathers."""
     from modeling import full_state, save_model
@@ -437,6 +409,11 @@ def save_final(trainer: Any, tokenizer: Any, folder: Path, lora: bool) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     state = full_state(model)
     if is_main():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and name in state and not torch.isfinite(state[name]).all():
+                raise UserError(
+                    f"{name} is not finite after the last step: there is no model to save; lower --learning_rate"
+                )
         temporary, mode = folder / ".final", (folder / "run.json").stat().st_mode
         with disk_full_is_said(temporary, "the final model"):
             if lora:
@@ -488,7 +465,7 @@ def prepare(args: argparse.Namespace, trainer_of: Callable[[Run], Any] | None = 
     data, train_set, valid_set = load_datasets(args)
     say("training samples: " + ", ".join(f"{name} {n:,}" for name, n in train_set.counts().items()))
     check_output(args, folder)
-    checkpoint, adapter = find_resume(args, folder)
+    checkpoint, adapter = find_resume(args.resume_from_checkpoint, args.lora, folder)
     facts = record(args, data, train_set, valid_set)
     if checkpoint is not None and (checkpoint.parent / "run.json").is_file():
         check_same_run(read_json(checkpoint.parent / "run.json"), facts, checkpoint.parent / "run.json")
@@ -542,6 +519,10 @@ def make_trainer(run: Run) -> Any:
             args.seed,
             no_eos=args.no_eos,
         )
+    collator = TrainCollator(
+        run.tokenizer, args.model_max_length, args.only_train_response, args.packing, tasks, args.no_eos
+    )
+    check_lengths(run, collator)
     trainer = RecTrainer(
         model=run.model,
         args=run.training,
@@ -551,9 +532,7 @@ def make_trainer(run: Run) -> Any:
         loss_average=args.loss_average,
         train_dataset=run.train_set,
         eval_dataset=run.valid_set,
-        data_collator=TrainCollator(
-            run.tokenizer, args.model_max_length, args.only_train_response, args.packing, tasks, args.no_eos
-        ),
+        data_collator=collator,
         processing_class=run.tokenizer,
         callbacks=[Epochs(run.train_set), RunLog(run.folder / "train.log")],
     )
@@ -562,6 +541,32 @@ def make_trainer(run: Run) -> Any:
     if sys.stderr.isatty():
         trainer.add_callback(Bar)
     return trainer
+
+
+def check_lengths(run: Run, collator: TrainCollator) -> None:
+    """Look at some samples of each task, and of the validation, for responses that `--model_max_length` cuts off.
+
+    Raises:
+        UserError: a task would train, or the validation be measured, without any label.
+    """
+    parts, begin = {}, 0
+    for name, count in run.train_set.counts().items():
+        parts[name] = [run.train_set[begin + i] for i in range(0, count, max(1, count // CHECKED))]
+        begin += count
+    parts["validation"] = [
+        run.valid_set[i] for i in range(0, len(run.valid_set), max(1, len(run.valid_set) // CHECKED))
+    ]
+    short = {}
+    for name, samples in parts.items():
+        labels = [collator([sample])["labels"][:, 1:] for sample in samples]
+        short[name] = sum(not bool((row != IGNORE).any()) for row in labels)
+        if samples and short[name] == len(samples):
+            raise UserError(
+                f"--model_max_length {run.args.model_max_length} cuts {name} before the response begins in each of "
+                f"{len(samples)} samples looked at: nothing would be learned from them; allow more tokens"
+            )
+    if cut := ", ".join(f"{n} of {len(parts[name])} of {name}" for name, n in short.items() if n):
+        say(f"note: --model_max_length leaves no label in {cut} (samples looked at); they train nothing")
 
 
 def task_samples(run: Run) -> TaskValidSet | None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import resource
@@ -220,6 +221,7 @@ class RecTrainer(Trainer):
         super().__init__(*args, **more)
         self.tasks, self.task_set, self.ranking = tasks, task_set, ranking
         self.model_accepts_loss_kwargs = loss_average == "token"  # then compute_loss is told the step's labelled tokens
+        self.args.logging_nan_inf_filter = False  # it would hide what `_get_grad_norm` looks for
         self.head = LabelledHead(self.accelerator.unwrap_model(self.model))
         self._sums = torch.zeros(len(tasks), 2, dtype=torch.float64)  # loss and labelled tokens since the last line
         self._seen = torch.zeros(2, dtype=torch.float64)  # tokens and samples since the last line
@@ -236,6 +238,35 @@ class RecTrainer(Trainer):
         if free and batches is not None and 1 < world_size() <= MOST_DEALT:
             batches.sampler = EvenRows(batches.sampler, self.train_dataset, batches.batch_size, world_size())
         return loader
+
+    def _run_epoch(self, *args: Any, **more: Any) -> None:
+        """The `Trainer`'s, unless all steps are done: a run that was cut off while it saved its last model goes on from there."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **more)
+        else:
+            self.control.should_training_stop = True
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The `Trainer`'s, before the step is made (DeepSpeed has made it by then).
+
+        Raises:
+            UserError: the loss or the gradient is not finite. In float16 gradients may be: those steps are left out.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        step = self.state.global_step + 1
+        self._check_finite(step, "the loss", float(self._tr_loss))
+        if norm is not None and not self.args.fp16:  # of a gradient that is not finite DeepSpeed says -1
+            self._check_finite(step, "the gradient's norm", float(norm) if norm >= 0 else math.nan)
+        return norm
+
+    def _check_finite(self, step: int, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            kept = checkpoints(Path(self.args.output_dir))
+            raise UserError(
+                f"step {step}: {what} is {value}, so that nothing can be learned from here on; try a lower --learning_rate, "
+                "or another --base_model if this is the first step. "
+                + (f"The last checkpoint is {kept[-1]}" if kept else "There is no checkpoint yet")
+            )
 
     # ---- loss ----
 
@@ -302,6 +333,7 @@ class RecTrainer(Trainer):
         model.eval()
         sums = self._loss_sums(model, eval_dataset or self.eval_dataset)
         metrics = {f"{metric_key_prefix}_loss": (sums[:, 0].sum() / sums[:, 1].sum()).item()}
+        self._check_finite(self.state.global_step, "the validation loss", metrics[f"{metric_key_prefix}_loss"])
         if self.task_set is not None:
             sums += self._loss_sums(model, self.task_set)
             for name, (loss, count) in zip(self.tasks, sums.tolist(), strict=True):
