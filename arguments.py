@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from tasks import TASKS
 from utils import UserError
 
-TASKS = ("seqrec", "item2index", "index2item", "fusionseqrec", "itemsearch", "preferenceobtain")
-# test task → the task whose templates and samples it uses
-TEST_TASKS = {"seqrec": "seqrec", "itemsearch": "itemsearch", "fusionseqrec": "fusionseqrec"}
 LORA_TARGETS = "q_proj,v_proj,k_proj,o_proj,gate_proj,down_proj,up_proj"
 
 

@@ -35,8 +35,10 @@ import torch
 
 from arguments import add_data, add_global, add_train, comma_list, make_parser, parse_tasks
 from collator import TrainCollator
-from data import TASKS, HistoryFormat, RecData, TaskValidSet, TrainSet, ValidSet, load_data
+from data import RecData, load_data
 from prompt import load_prompts
+from samples import TaskValidSet, TrainSet, ValidSet
+from tasks import TASKS, HistoryFormat
 from utils import (
     UserError,
     is_main,
@@ -173,8 +175,8 @@ def start_processes(args: argparse.Namespace) -> None:
 def load_datasets(args: argparse.Namespace) -> tuple[RecData, TrainSet, ValidSet]:
     """The checked data, the mixture of training tasks and the validation set (seqrec)."""
     tasks = parse_tasks(args)
-    needs_users = any(TASKS[name].needs_users for name, _, _ in tasks)
-    data = load_data(args.data_path, args.dataset, args.index_file, needs_users)
+    user_parts = frozenset().union(*(TASKS[name].splits["train"].user_parts for name, _, _ in tasks))
+    data = load_data(args.data_path, args.dataset, args.index_file, user_parts)
     prompts = load_prompts(args.prompt_file)
     form = HistoryFormat(args.max_his_len, args.add_prefix, args.his_sep)
     train = TrainSet(data, prompts, tasks, form, args.seed, longest_history_only=args.longest_history_only)

@@ -1,6 +1,6 @@
 """The prompt frame and the templates of the six tasks (LC-Rec, section III-C), and loading a user's own from a file.
 
-A template is an instruction and a response with slots in braces. `TASK_SLOTS` says which slots a task can fill. Slots
+A template is an instruction and a response with slots in braces. `tasks.TASKS` says which slots a task can fill. Slots
 are replaced by plain text search, never by `str.format`: nothing in a data file is looked up as an attribute.
 """
 
@@ -11,20 +11,10 @@ import runpy
 from dataclasses import dataclass
 from pathlib import Path
 
+from tasks import TASKS
 from utils import UserError, read_json, say
 
 SLOT = re.compile(r"\{(\w+)\}")
-
-TASK_SLOTS: dict[str, frozenset[str]] = {
-    "seqrec": frozenset({"inters", "item"}),
-    "item2index": frozenset({"item", "title", "description"}),
-    "index2item": frozenset({"item", "title", "description"}),
-    "fusionseqrec": frozenset({"inters", "inter_titles", "item", "title", "description"}),
-    "itemsearch": frozenset(
-        {"inters", "item", "query", "explicit_preference", "user_related_intention", "item_related_intention"}
-    ),
-    "preferenceobtain": frozenset({"inters", "explicit_preference"}),
-}
 
 # The Alpaca instruction format (Taori et al., 2023); the response follows the colon without a blank.
 sft_prompt = (
@@ -220,8 +210,8 @@ def _checked(source: str, frame: object, templates: object) -> Prompts:
         raise UserError(f"{source}: all_prompt must map task names to lists of templates")
     tasks: dict[str, list[Template]] = {}
     for task, rows in templates.items():
-        if task not in TASK_SLOTS:
-            raise UserError(f"{source}: all_prompt has an unknown task {task!r}; known: {', '.join(TASK_SLOTS)}")
+        if task not in TASKS:
+            raise UserError(f"{source}: all_prompt has an unknown task {task!r}; known: {', '.join(TASKS)}")
         if not isinstance(rows, list):
             raise UserError(f"{source}: all_prompt[{task!r}] must be a list")
         tasks[task] = [_checked_row(f"{source}: all_prompt[{task!r}][{i}]", task, row) for i, row in enumerate(rows)]
@@ -232,11 +222,11 @@ def _checked_row(where: str, task: str, row: object) -> Template:
     if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("instruction", "response")):
         raise UserError(f"{where} must have the texts instruction and response")
     template = Template(row["instruction"], row["response"])
-    unknown = template.slots - TASK_SLOTS[task]
-    if unknown:
-        raise UserError(
-            f"{where} has the unknown slot {{{min(unknown)}}}; {task} knows {', '.join(sorted(TASK_SLOTS[task]))}"
-        )
+    for key, known in (("instruction", TASKS[task].asks), ("response", TASKS[task].answers)):
+        if unknown := set(SLOT.findall(row[key])) - known:
+            slot = min(unknown)
+            why = "would betray the answer" if slot in TASKS[task].answers else "is unknown"
+            raise UserError(f"{where}: {{{slot}}} in the {key} {why}; {task} has {', '.join(sorted(known))} there")
     return template
 
 

@@ -28,11 +28,12 @@ from typing import Any
 
 from arguments import add_data, add_global, make_parser
 from collator import encode_prompts
-from data import HistoryFormat, RecData, clean_title, load_data
+from data import RecData, clean_title, load_data
 from decoding import pack_linears
 from modeling import DTYPES, load_for_test, pick_device
 from prompt import Prompts, Template, load_prompts
 from scoring import Scorer, check_length, note_other_training
+from tasks import HistoryFormat
 from utils import UserError, run_main, say, set_seed
 
 

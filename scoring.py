@@ -26,15 +26,17 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from arguments import TEST_TASKS, add_data, add_global, add_test, make_parser
+from arguments import add_data, add_global, add_test, make_parser
 from beam_rows import PrefixCache
 from collator import encode_prompts, pad
-from data import TASKS, HistoryFormat, RecData, TestSet, load_data
+from data import RecData, load_data
 from decoding import beam_search, pack_linears
 from evaluate import check_metrics, ranks_of, summarise, too_long
 from metrics.ranking import means, rank_of
 from modeling import DTYPES, find_checkpoint, item_trie, load_for_test, pick_device
 from prompt import SLOT, Prompts, Template, load_prompts
+from samples import TestSet
+from tasks import TASKS, TEST_TASKS, HistoryFormat
 from utils import (
     UserError,
     atomic_path,
@@ -87,7 +89,7 @@ def run(args: argparse.Namespace, single: bool) -> dict[str, Any]:
     start_processes()
     device = pick_device(args.gpu_id if single else None)
     set_seed(args.seed)
-    data = load_data(args.data_path, args.dataset, args.index_file, need_users=TASKS[task].needs_users)
+    data = load_data(args.data_path, args.dataset, args.index_file, TASKS[task].splits["test"].user_parts)
     prompts = load_prompts(args.prompt_file)
     prompt_ids = choose_prompts(prompts, task, args.test_prompt_ids)
     form = HistoryFormat(args.max_his_len, args.add_prefix, args.his_sep)
@@ -123,8 +125,8 @@ def run(args: argparse.Namespace, single: bool) -> dict[str, Any]:
 
 def check_flags(args: argparse.Namespace, single: bool) -> str:
     """The task that `args` name. Raises UserError where flags are wrong by themselves."""
-    task = TEST_TASKS.get(args.test_task.lower())
-    if task is None:
+    task = args.test_task.lower()
+    if task not in TEST_TASKS:
         raise UserError(f"--test_task {args.test_task}: write SeqRec, ItemSearch or FusionSeqRec")
     check_metrics(args.metrics)
     if args.num_beams < 1:

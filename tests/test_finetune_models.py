@@ -13,9 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune
 from collator import TrainCollator, encode_samples
-from data import HistoryFormat, TaskValidSet, ValidSet, load_data
+from data import USER_PARTS, load_data
 from modeling import add_item_tokens, grow_vocabulary, item_trie, load_model, load_tokenizer
 from prompt import load_prompts
+from samples import TaskValidSet, ValidSet
+from tasks import HistoryFormat
 from utils import UserError
 
 _SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -215,7 +217,7 @@ def loss_by_hand(model: torch.nn.Module, tokenizer: object, samples: list[dict])
 
 def test_validation_samples_of_tasks_stop_before_the_test_target(tmp_path):
     write_dataset(tmp_path / "data")
-    data = load_data(str(tmp_path / "data"), "Toy", need_users=True)
+    data = load_data(str(tmp_path / "data"), "Toy", user_parts=USER_PARTS)
     names = ["fusionseqrec", "preferenceobtain", "itemsearch", "index2item"]
     form = HistoryFormat(max_his_len=-1)
     samples = TaskValidSet(data, load_prompts(), names, form, count=10)

@@ -84,8 +84,10 @@ def evaluations(path: Path) -> dict[int, float]:
 
 def loss_of(model: torch.nn.Module, tokenizer: object, folder: Path) -> float:
     """The validation loss, sample by sample, without any of the training's code for it."""
-    from data import HistoryFormat, ValidSet, load_data
+    from data import load_data
     from prompt import load_prompts
+    from samples import ValidSet
+    from tasks import HistoryFormat
 
     data = load_data(str(folder / "data"), "Toy", ".index.json")
     valid = ValidSet(data, load_prompts(None), HistoryFormat(), 42, prompt_num=1)
@@ -105,8 +107,10 @@ def loss_of(model: torch.nn.Module, tokenizer: object, folder: Path) -> float:
 
 def ranking_of(model: torch.nn.Module, tokenizer: object, folder: Path) -> dict[str, float]:
     """HR and NDCG of all validation users."""
-    from data import HistoryFormat, ValidSet, load_data
+    from data import load_data
     from prompt import load_prompts
+    from samples import ValidSet
+    from tasks import HistoryFormat
     from training import Ranking
 
     data = load_data(str(folder / "data"), "Toy", ".index.json")

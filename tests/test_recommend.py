@@ -13,9 +13,10 @@ from scoring_world import make_world
 import recommend
 import test as test_script
 from collator import encode_prompts
-from data import HistoryFormat, load_data
+from data import load_data
 from modeling import load_for_test
 from prompt import load_prompts
+from tasks import HistoryFormat
 from utils import UserError
 
 ROOT = Path(__file__).parents[1]
