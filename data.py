@@ -120,7 +120,7 @@ def load_data(
     if user_parts:
         files["user"] = folder / f"{dataset}.user.json"
     titles, descriptions = read_items(files["item"])
-    indices = _read_indices(files["index"], len(titles))
+    indices = check_index(files["index"], read_json(files["index"]), len(titles))
     inters = read_inters(files["inter"], len(titles))
     users = read_users(files["user"], inters, len(titles), user_parts) if user_parts else None
     data = RecData(dataset, folder, inters, titles, descriptions, indices, users, files)
@@ -157,8 +157,9 @@ def read_items(path: Path) -> tuple[list[str], list[str]]:
     return titles, descriptions
 
 
-def _read_indices(path: Path, n_items: int) -> list[tuple[str, ...]]:
-    content = _object(path, read_json(path))
+def check_index(path: Path, content: Any, n_items: int) -> list[tuple[str, ...]]:
+    """The item tokens of the items 0 to `n_items` - 1 from the content of an index file. Raises UserError with its `path`."""
+    content = _object(path, content)
     indices = []
     for number in range(n_items):
         tokens = content.get(str(number))
@@ -171,7 +172,7 @@ def _read_indices(path: Path, n_items: int) -> list[tuple[str, ...]]:
                 raise UserError(f"{path}: item {str(number)!r} has {token!r}, which is not a token such as <a_12>")
         indices.append(tuple(tokens))
     if len(content) != n_items:
-        extra = next(key for key in content if not (key.isdigit() and int(key) < n_items))
+        extra = next(iter(content.keys() - {str(number) for number in range(n_items)}))
         raise UserError(f"{path}: has item {extra!r}, but the item file has {n_items} items, counted from 0")
     return indices
 

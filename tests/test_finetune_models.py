@@ -16,6 +16,7 @@ from collator import TrainCollator, encode_samples
 from data import USER_PARTS, load_data
 from modeling import add_item_tokens, grow_vocabulary, item_trie, load_model, load_tokenizer
 from prompt import load_prompts
+from prompt_style import PromptStyle
 from samples import TaskValidSet, ValidSet
 from tasks import HistoryFormat
 from utils import UserError
@@ -79,7 +80,7 @@ def test_every_architecture_trains_and_reloads(name, tmp_path):
 def used_tokens(folder: Path, options: list[str]) -> set[int]:
     """All tokens of the training samples of an epoch."""
     args = finetune.parse(options)
-    _, train_set, _ = finetune.load_datasets(args)
+    _, train_set, _ = finetune.load_datasets(args, PromptStyle.of_flags(args))
     tokenizer = load_tokenizer(folder / "out")
     samples = [train_set[i] for i in range(len(train_set))]
     rows, _ = encode_samples(tokenizer, [s["prompt"] for s in samples], [s["response"] for s in samples], 2048)
