@@ -12,7 +12,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -31,23 +31,12 @@ from decoding import beam_search
 from metrics.ranking import hit, ndcg, rank_of
 from modeling import full_state, item_trie
 from packing import PACKED, LabelledHead
+from processes import barrier, sum_over_processes
+from run_folder import RunFolder
 from utils import UserError, checkpoints, is_main, rank, world_size
 
 PARTIAL = ".partial"
 MOST_DEALT = 16  # each process looks at the texts of a whole step to deal them evenly: 0.1 ms a sample
-
-
-def barrier() -> None:
-    """Wait for all processes."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-
-
-def sum_over_processes(values: Tensor) -> Tensor:
-    """The element-wise sum of `values` over all processes."""
-    if torch.distributed.is_initialized() and world_size() > 1:
-        torch.distributed.all_reduce(values)
-    return values
 
 
 def peak_memory(device: torch.device) -> float:
@@ -98,6 +87,18 @@ class Epochs(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """`state.epoch` counts whole and partial epochs; a resumed run begins inside one."""
         self.train_set.set_epoch(int(state.epoch or 0))
+
+
+class Replacing(TrainerCallback):
+    """Removes the run that this one replaces (`--overwrite_output_dir`) as soon as there is a complete checkpoint."""
+
+    def __init__(self, folder: RunFolder):
+        self.folder = folder
+
+    def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """A checkpoint is there."""
+        if is_main():
+            self.folder.drop_replaced()
 
 
 class Ranking:
@@ -207,6 +208,7 @@ class RecTrainer(Trainer):
         task_set: further validation samples, for the loss of each task alone; the evaluation loss leaves them out.
         ranking: called with the model after each evaluation; its figures join the evaluation's.
         loss_average: "batch" or "token", what the loss of an optimiser's step is (`compute_loss`).
+        beside_checkpoint: writes to the folder that it is given what belongs beside a checkpoint's weights.
     """
 
     def __init__(
@@ -216,9 +218,11 @@ class RecTrainer(Trainer):
         task_set: Any = None,
         ranking: Any = None,
         loss_average: str = "batch",
+        beside_checkpoint: Callable[[Path], None] | None = None,
         **more: Any,
     ):
         super().__init__(*args, **more)
+        self.beside_checkpoint = beside_checkpoint
         self.tasks, self.task_set, self.ranking = tasks, task_set, ranking
         self.model_accepts_loss_kwargs = loss_average == "token"  # then compute_loss is told the step's labelled tokens
         self.args.logging_nan_inf_filter = False  # it would hide what `_get_grad_norm` looks for
@@ -254,13 +258,16 @@ class RecTrainer(Trainer):
         """
         norm = super()._get_grad_norm(model, grad_norm)
         step = self.state.global_step + 1
-        self._check_finite(step, "the loss", float(self._tr_loss))
+        self._check_finite(step, "the loss", float(sum_over_processes(self._tr_loss.clone())))
         if norm is not None and not self.args.fp16:  # of a gradient that is not finite DeepSpeed says -1
             self._check_finite(step, "the gradient's norm", float(norm) if norm >= 0 else math.nan)
         return norm
 
     def _check_finite(self, step: int, what: str, value: float) -> None:
+        """All processes must see the same `value`; the main one speaks."""
         if not math.isfinite(value):
+            if not is_main():
+                sys.exit(2)
             kept = checkpoints(Path(self.args.output_dir))
             raise UserError(
                 f"step {step}: {what} is {value}, so that nothing can be learned from here on; try a lower --learning_rate, "
@@ -390,6 +397,8 @@ class RecTrainer(Trainer):
         barrier()
 
     def _finish_checkpoint(self, folder: Path, final: Path, best: Path) -> None:
+        if self.beside_checkpoint:
+            self.beside_checkpoint(folder)
         self.state.save_to_json(str(folder / "trainer_state.json"))
         for path in folder.rglob("*"):
             if path.is_file():

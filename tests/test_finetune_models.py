@@ -13,9 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune
 from collator import TrainCollator, encode_samples
-from data import HistoryFormat, TaskValidSet, ValidSet, load_data
+from data import USER_PARTS, load_data
 from modeling import add_item_tokens, grow_vocabulary, item_trie, load_model, load_tokenizer
 from prompt import load_prompts
+from prompt_style import PromptStyle
+from samples import TaskValidSet, ValidSet
+from tasks import HistoryFormat
 from utils import UserError
 
 _SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -77,7 +80,7 @@ def test_every_architecture_trains_and_reloads(name, tmp_path):
 def used_tokens(folder: Path, options: list[str]) -> set[int]:
     """All tokens of the training samples of an epoch."""
     args = finetune.parse(options)
-    _, train_set, _ = finetune.load_datasets(args)
+    _, train_set, _ = finetune.load_datasets(args, PromptStyle.of_flags(args))
     tokenizer = load_tokenizer(folder / "out")
     samples = [train_set[i] for i in range(len(train_set))]
     rows, _ = encode_samples(tokenizer, [s["prompt"] for s in samples], [s["response"] for s in samples], 2048)
@@ -189,7 +192,7 @@ def test_a_pretrained_model_from_gguf_goes_on_from_what_it_knows(tmp_path):
     run.trainer.train()
     assert run.trainer.state.global_step == 3
     assert loss_by_hand(run.model.eval(), run.tokenizer, samples) < at_first
-    finetune.save_final(run.trainer, run.tokenizer, run.folder, lora=False)
+    finetune.save_final(run)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert len(ids) == 14 and tokenizer.convert_tokens_to_ids(ITEM_TOKENS) == ids == list(range(49152, 49166))
@@ -215,7 +218,7 @@ def loss_by_hand(model: torch.nn.Module, tokenizer: object, samples: list[dict])
 
 def test_validation_samples_of_tasks_stop_before_the_test_target(tmp_path):
     write_dataset(tmp_path / "data")
-    data = load_data(str(tmp_path / "data"), "Toy", need_users=True)
+    data = load_data(str(tmp_path / "data"), "Toy", user_parts=USER_PARTS)
     names = ["fusionseqrec", "preferenceobtain", "itemsearch", "index2item"]
     form = HistoryFormat(max_his_len=-1)
     samples = TaskValidSet(data, load_prompts(), names, form, count=10)

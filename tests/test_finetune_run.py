@@ -84,8 +84,10 @@ def evaluations(path: Path) -> dict[int, float]:
 
 def loss_of(model: torch.nn.Module, tokenizer: object, folder: Path) -> float:
     """The validation loss, sample by sample, without any of the training's code for it."""
-    from data import HistoryFormat, ValidSet, load_data
+    from data import load_data
     from prompt import load_prompts
+    from samples import ValidSet
+    from tasks import HistoryFormat
 
     data = load_data(str(folder / "data"), "Toy", ".index.json")
     valid = ValidSet(data, load_prompts(None), HistoryFormat(), 42, prompt_num=1)
@@ -105,8 +107,10 @@ def loss_of(model: torch.nn.Module, tokenizer: object, folder: Path) -> float:
 
 def ranking_of(model: torch.nn.Module, tokenizer: object, folder: Path) -> dict[str, float]:
     """HR and NDCG of all validation users."""
-    from data import HistoryFormat, ValidSet, load_data
+    from data import load_data
     from prompt import load_prompts
+    from samples import ValidSet
+    from tasks import HistoryFormat
     from training import Ranking
 
     data = load_data(str(folder / "data"), "Toy", ".index.json")
@@ -425,7 +429,7 @@ def test_lora_from_finetune_to_a_model_that_scores_as_the_adapter_says(world, pr
 
 def check_adapter_and_merged_model_rank_alike(world: Path, adapter: Path) -> None:
     """test.py --lora and, after merge_lora.py, test.py."""
-    import scoring
+    import testing
     from convert import merge_lora
 
     merged = world / "merged"
@@ -439,7 +443,7 @@ def check_adapter_and_merged_model_rank_alike(world: Path, adapter: Path) -> Non
     ):
         flags += ["--data_path", str(world / "data"), "--dataset", "Toy", "--num_beams", "10", "--test_batch_size", "8"]
         target = world / f"result{len(results)}.json"
-        scoring.run(scoring.make_test_parser("").parse_args([*flags, "--results_file", str(target)]), single=True)
+        testing.test_checkpoint("", [*flags, "--results_file", str(target)], single=True)
         lines = (world / f"{target.stem}.predictions.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
         results.append((json.loads(target.read_text())["mean_results"], [row["items"] for row in rows]))
