@@ -194,6 +194,13 @@ TRAIN = (
     Flag("learning_rate", 2e-5, "peak learning rate", real(0, above_low=True)),
     Flag("per_device_batch_size", 8, "samples per process and step", whole(1)),
     Flag("gradient_accumulation_steps", 2, "batches per optimiser step", whole(1)),
+    Flag(
+        "loss_average",
+        "batch",
+        "the loss of an optimiser step: batch, the original's, is the plain mean of each batch's mean over its own "
+        "labelled tokens; token is one mean over all labelled tokens of the step, in which long answers weigh more",
+        choices=("batch", "token"),
+    ),
     Flag("logging_step", 10, "optimiser steps between two lines of the log", whole(1), Role.FREE),
     Flag("model_max_length", 2048, "longer samples are cut, in tokens", whole(1)),
     Flag("weight_decay", 0.01, "decoupled weight decay of AdamW", real(0)),

@@ -30,16 +30,18 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 import torch
 
 from arguments import add_data, add_global, add_train, comma_list, make_parser, parse_tasks
-from collator import TrainCollator
+from collator import IGNORE, TrainCollator
 from data import RecData, load_data
 from processes import barrier, join_for_training, on_main
 from prompt_style import PromptStyle
+from resume import find_resume
 from run_folder import FINAL, LOG, PREPARED, RECORD, TENSORBOARD, RunFolder, RunRecord, model_fingerprint
 from samples import TaskValidSet, TrainSet, ValidSet
 from tasks import TASKS
-from utils import UserError, checkpoints, is_main, read_json, run_main, say, set_seed, sha256, versions, world_size
+from utils import UserError, is_main, read_json, run_main, say, set_seed, sha256, versions, world_size
 
 OWN_TENSORBOARD_DIR = "TENSORBOARD_LOGGING_DIR" in os.environ  # else each run of this process gets its own below
+CHECKED = 64  # samples of each task whose length is looked at
 
 
 def quiet() -> None:
@@ -256,35 +258,6 @@ def describe_run(args: argparse.Namespace, data: RecData, train: TrainSet, valid
     )
 
 
-def find_resume(args: argparse.Namespace, folder: Path) -> tuple[Path | None, Path | None]:
-    """The checkpoint to go on from, and the adapter to begin with, as `--resume_from_checkpoint` says (at most one of them).
-
-    Raises:
-        UserError: the path is neither, or the checkpoint would run foreign code when loaded.
-    """
-    from convert.scan import check_checkpoint
-
-    if args.resume_from_checkpoint is None:
-        return None, None
-    if args.resume_from_checkpoint == "auto":
-        found = checkpoints(folder)
-        say(f"resuming from {found[-1]}" if found else f"{folder}: no checkpoint yet, starting from the beginning")
-        path = found[-1] if found else None
-    else:
-        path = Path(args.resume_from_checkpoint)
-        if args.lora and (path / "adapter_config.json").is_file() and not (path / "trainer_state.json").is_file():
-            check_checkpoint(path)
-            return None, path
-        if not (path / "trainer_state.json").is_file():
-            raise UserError(
-                f"--resume_from_checkpoint {path}: neither a complete checkpoint-N folder (no trainer_state.json) "
-                "nor, with --lora, an adapter (no adapter_config.json)"
-            )
-    if path is not None:
-        check_checkpoint(path)
-    return path, None
-
-
 @dataclass
 class Run:
     """Everything that a fine-tuning run is made of, ready to train."""
@@ -346,7 +319,7 @@ def begin(
     folder.clear_partial()
     if not args.resume_from_checkpoint:
         folder.refuse_if_taken(args.overwrite_output_dir, args.base_model)
-    checkpoint, adapter = find_resume(args, folder.path)
+    checkpoint, adapter = find_resume(args.resume_from_checkpoint, args.lora, folder.path)
     if checkpoint is not None and (checkpoint.parent / RECORD).is_file():
         RunRecord.read(checkpoint.parent / RECORD).check_same(facts, checkpoint.parent / RECORD)
     with disk_full_is_said(folder / PREPARED, "the base model with the item tokens"):
@@ -380,17 +353,20 @@ def make_trainer(run: Run) -> Any:
             args.seed,
             no_eos=args.no_eos,
         )
+    collator = TrainCollator(
+        run.tokenizer, args.model_max_length, args.only_train_response, args.packing, tasks, args.no_eos
+    )
+    check_lengths(run, collator)
     trainer = RecTrainer(
         model=run.model,
         args=run.training,
         tasks=tasks,
         task_set=task_samples(run),
         ranking=ranking,
+        loss_average=args.loss_average,
         train_dataset=run.train_set,
         eval_dataset=run.valid_set,
-        data_collator=TrainCollator(
-            run.tokenizer, args.model_max_length, args.only_train_response, args.packing, tasks, args.no_eos
-        ),
+        data_collator=collator,
         processing_class=run.tokenizer,
         callbacks=[Epochs(run.train_set), RunLog(run.folder / LOG), Replacing(run.folder)],
         beside_checkpoint=lambda folder: run.style.save(folder, run.data),
@@ -400,6 +376,32 @@ def make_trainer(run: Run) -> Any:
     if sys.stderr.isatty():
         trainer.add_callback(Bar)
     return trainer
+
+
+def check_lengths(run: Run, collator: TrainCollator) -> None:
+    """Look at some samples of each task, and of the validation, for responses that `--model_max_length` cuts off.
+
+    Raises:
+        UserError: a task would train, or the validation be measured, without any label.
+    """
+    parts, begin = {}, 0
+    for name, count in run.train_set.counts().items():
+        parts[name] = [run.train_set[begin + i] for i in range(0, count, max(1, count // CHECKED))]
+        begin += count
+    parts["validation"] = [
+        run.valid_set[i] for i in range(0, len(run.valid_set), max(1, len(run.valid_set) // CHECKED))
+    ]
+    short = {}
+    for name, samples in parts.items():
+        labels = [collator([sample])["labels"][:, 1:] for sample in samples]
+        short[name] = sum(not bool((row != IGNORE).any()) for row in labels)
+        if samples and short[name] == len(samples):
+            raise UserError(
+                f"--model_max_length {run.args.model_max_length} cuts {name} before the response begins in each of "
+                f"{len(samples)} samples looked at: nothing would be learned from them; allow more tokens"
+            )
+    if cut := ", ".join(f"{n} of {len(parts[name])} of {name}" for name, n in short.items() if n):
+        say(f"note: --model_max_length leaves no label in {cut} (samples looked at); they train nothing")
 
 
 def task_samples(run: Run) -> TaskValidSet | None:
@@ -419,6 +421,11 @@ def save_final(run: Run) -> None:
     model = run.trainer.accelerator.unwrap_model(run.trainer.model_wrapped)
     state = full_state(model)
     if is_main():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and name in state and not torch.isfinite(state[name]).all():
+                raise UserError(
+                    f"{name} is not finite after the last step: there is no model to save; lower --learning_rate"
+                )
         temporary = run.folder / FINAL
         with disk_full_is_said(temporary, "the final model"):
             if run.args.lora:

@@ -136,12 +136,12 @@ def test_text_after_an_item_token_is_cut_as_the_tokenizers_files_say(tmp_path, l
 
 @pytest.mark.parametrize("only_response", [True, False])
 @pytest.mark.parametrize("packing", [False, True])
-def test_losses_are_those_of_a_plain_trainer_on_a_collation_by_hand(tmp_path, only_response, packing):
+def test_losses_over_all_tokens_are_those_of_a_plain_trainer_on_a_collation_by_hand(tmp_path, only_response, packing):
     from transformers import Trainer
 
     make_model("llama", tmp_path / "base")
     write_dataset(tmp_path / "data")
-    more = ["--max_steps", "20", "--epochs", "9", "--learning_rate", "3e-3"]
+    more = ["--max_steps", "20", "--epochs", "9", "--learning_rate", "3e-3", "--loss_average", "token"]
     more += ["--only_train_response"] * only_response + ["--packing"] * packing
     ours = finetune.prepare(finetune.parse(flags(tmp_path, *more, out="ours")))
     ours.trainer.train()

@@ -167,7 +167,7 @@ def test_two_processes_with_zero3_from_finetune_to_a_plain_model(world, zero3):
 
 @pytest.mark.slow
 def test_two_processes_without_deepspeed_have_the_losses_of_one(world):
-    flags = ["--deepspeed", "none", "--epochs", "1"]
+    flags = ["--deepspeed", "none", "--epochs", "1", "--loss_average", "token"]
     inside(command(world, *flags, out="one"))
     # packed: samples are dealt to the processes by length, within a step
     run(command(world, *flags, "--per_device_batch_size", "2", "--packing", processes=2, out="ddp"))
