@@ -40,8 +40,8 @@ from samples import TaskValidSet, TrainSet, ValidSet
 from tasks import TASKS
 from utils import UserError, is_main, read_json, run_main, say, set_seed, sha256, versions, world_size
 
-CHECKED = 64  # samples of each task whose length is looked at
 OWN_TENSORBOARD_DIR = "TENSORBOARD_LOGGING_DIR" in os.environ  # else each run of this process gets its own below
+CHECKED = 64  # samples of each task whose length is looked at
 
 
 def quiet() -> None:

@@ -207,8 +207,8 @@ class RecTrainer(Trainer):
         tasks: the names that the numbers in a batch's `tasks` stand for.
         task_set: further validation samples, for the loss of each task alone; the evaluation loss leaves them out.
         ranking: called with the model after each evaluation; its figures join the evaluation's.
-        loss_average: "batch" or "token", what the loss of an optimiser's step is (`compute_loss`).
         beside_checkpoint: writes to the folder that it is given what belongs beside a checkpoint's weights.
+        loss_average: "batch" or "token", what the loss of an optimiser's step is (`compute_loss`).
     """
 
     def __init__(
@@ -217,8 +217,8 @@ class RecTrainer(Trainer):
         tasks: list[str],
         task_set: Any = None,
         ranking: Any = None,
-        loss_average: str = "batch",
         beside_checkpoint: Callable[[Path], None] | None = None,
+        loss_average: str = "batch",
         **more: Any,
     ):
         super().__init__(*args, **more)
