@@ -85,7 +85,7 @@ def test_weights_that_the_last_step_spoiled_are_no_trained_model(world, tmp_path
     with torch.no_grad():
         run.model.lm_head.weight[3, 3] = torch.inf
     with pytest.raises(UserError, match=r"^lm_head.weight is not finite after the last step"):
-        finetune.save_final(run.trainer, run.tokenizer, run.folder, lora=False)
+        finetune.save_final(run)
     assert not (tmp_path / "config.json").exists()
 
 
