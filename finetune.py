@@ -331,6 +331,7 @@ def begin(
             args.model_max_length,
             args.packing,
             start=(Path(args.init_item_tokens), data) if args.init_item_tokens else None,
+            tokenisation=args.tokenisation,
         )
     return checkpoint, adapter
 
