@@ -420,7 +420,7 @@ def save_final(run: Run) -> None:
 
     model = run.trainer.accelerator.unwrap_model(run.trainer.model_wrapped)
     state = full_state(model)
-    if is_main():
+    if state is not None:  # on the main process
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and name in state and not torch.isfinite(state[name]).all():
                 raise UserError(
