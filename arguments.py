@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, NoReturn
 
 from tasks import TASKS
 from utils import UserError
@@ -117,7 +117,7 @@ class Flag:
         """Define it on a parser or one of its groups."""
         name = f"--{self.name}"
         if self.kind is not None:
-            more = {"type": self.kind, "choices": self.choices, "metavar": self.metavar}
+            more: Any = {"type": self.kind, "choices": self.choices, "metavar": self.metavar}
             group.add_argument(name, default=self.default, help=self.help, **more)
         elif self.default:
             group.add_argument(name, action=argparse.BooleanOptionalAction, default=True, help=self.help)
@@ -305,7 +305,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 class Parser(argparse.ArgumentParser):
     """A parser whose complaints are a `UserError`: one line and status 2, as for every other mistake."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         """Raise `message`."""
         raise UserError(f"{message.removeprefix('argument ')} (--help explains the flags)")
 

@@ -64,7 +64,8 @@ def read_all(folder: Path, name: str, index_file: str, faults: Faults) -> RecDat
     users: UserTexts | None = None
     if paths["user"].exists():
         users = faults.of(read_users, paths["user"], inters, count, ("preference", "train", "test"), faults)
-    return RecData(name, folder, inters, *items, indices, users, paths)
+    titles, descriptions = items
+    return RecData(name, folder, inters, titles, descriptions, indices, users, paths)
 
 
 def quantiles(values: Any, unit: str = "") -> str:

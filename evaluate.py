@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.results_file and Path(args.results_file).exists():
         raise UserError(f"--results_file {args.results_file} exists; name another file or remove it")
     check_metrics(args.metrics)
-    shortest = math.inf
+    shortest = sys.maxsize
 
     def records() -> Iterator[dict[str, Any]]:
         nonlocal shortest

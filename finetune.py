@@ -427,11 +427,12 @@ def save_final(run: Run) -> None:
     on_main(lambda: write_final(run, model, state))
 
 
-def write_final(run: Run, model: Any, state: dict[str, torch.Tensor]) -> None:
+def write_final(run: Run, model: Any, state: dict[str, torch.Tensor] | None) -> None:
     """On the main process: write the weights `state`, then put all in place."""
     from modeling import save_model
     from training import disk_full_is_said
 
+    assert state is not None  # the others have none
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and name in state and not torch.isfinite(state[name]).all():
             raise UserError(

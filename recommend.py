@@ -149,7 +149,7 @@ class Recommender:
         if not isinstance(exclude_history, bool):
             raise UserError(f"exclude_history is {exclude_history!r}; it must be true or false")
         exclude = frozenset(history) if exclude_history else frozenset()
-        echo = {key: content[key] for key in ("id", "user", "query") if key in content}
+        echo: dict[str, Any] = {key: content[key] for key in ("id", "user", "query") if key in content}
         if "history" in content:
             echo["history"] = history
         return Request(history, query, top_k, exclude, echo)

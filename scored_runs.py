@@ -62,7 +62,8 @@ def read_run(path: Path, label: str, data: RecData, seed: int = 0) -> Scored:
     results = read_json(path)
     if not isinstance(results, dict):
         raise UserError(f"{path}: is not a results file of test.py")
-    config = results.get("config") if isinstance(results.get("config"), dict) else {}
+    config = results.get("config")
+    config = config if isinstance(config, dict) else {}
     task = config.get("task", "seqrec")
     if task != "seqrec":
         raise UserError(f"{path}: is of the task {task}; the references are for seqrec")
@@ -110,8 +111,6 @@ class _Lists:
         for item in items:
             if type(item) is not int or not 0 <= item < len(data.titles):
                 raise UserError(f"{where}: the item {item!r} is not in {data.name}")
-        if len(set(items)) < len(items):
-            raise UserError(f"{where}: an item is named twice")
         history = data.inters[user]
         target = data.canonical[history[-1]]
         if record["target"] != target:

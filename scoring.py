@@ -73,9 +73,7 @@ class Scorer:
     def batches(self, ids: list[list[int]]) -> list[list[int]]:
         """Positions in `ids`, longest first, in batches of prompts of similar length."""
         order = sorted(range(len(ids)), key=lambda n: (-len(ids[n]), n))
-        size = self.batch_size
-        if size == "auto":
-            size = self.auto_size(len(ids[order[0]]))
+        size = self.auto_size(len(ids[order[0]])) if self.batch_size == "auto" else int(self.batch_size)
         return [order[start : start + size] for start in range(0, len(order), size)]
 
     def share(self, ids: list[list[int]]) -> None:
