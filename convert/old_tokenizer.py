@@ -12,7 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from convert.folder import ITEM_TOKEN, TOKENIZER_FILES, ModelFolder, copy_files, load_tokenizer
+from convert.folder import TOKENIZER_FILES, ModelFolder, copy_files, read_tokenizer
+from data import ITEM_TOKEN
 
 
 def rebuild(folder: ModelFolder) -> tuple[Any, str] | None:
@@ -27,7 +28,7 @@ def rebuild(folder: ModelFolder) -> tuple[Any, str] | None:
         return None
     if not str(settings.get("tokenizer_class", "LlamaTokenizer")).startswith("LlamaTokenizer"):
         return None
-    loaded = load_tokenizer(folder)
+    loaded = read_tokenizer(folder)
     strips = "added_tokens_decoder" not in settings  # how 4.34 and later write what they know of added tokens
     backend = _with_old_rules(loaded, strips, settings.get("add_bos_token", True))
     from transformers import PreTrainedTokenizerFast
@@ -63,7 +64,7 @@ def _with_old_rules(loaded: Any, strips: bool, adds_bos: bool) -> Any:
     return backend
 
 
-def save_tokenizer(folder: ModelFolder, target: Path) -> str | None:
+def save_old_tokenizer(folder: ModelFolder, target: Path) -> str | None:
     """Write the folder's tokenizer to `target`: an old one rebuilt (the note says so), any other as it is (None)."""
     rebuilt = rebuild(folder)
     if rebuilt is None:

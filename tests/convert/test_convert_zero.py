@@ -29,7 +29,7 @@ def runs(tmp_path_factory):
         if words not in made:
             folder = tmp_path_factory.mktemp("run") / "ckpt"
             command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-            command += ["--standalone", str(ROOT / "tests/convert_train.py"), words[0], str(folder), *words[1:]]
+            command += ["--standalone", str(ROOT / "tests/convert/convert_train.py"), words[0], str(folder), *words[1:]]
             result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment())
             assert result.returncode == 0, result.stderr[-3000:]
             result = convert(ROOT / "convert/convert.sh", folder)
