@@ -20,7 +20,7 @@ from utils import UserError
 
 PREFIX = "base_model.model."
 INITIAL = (True, False, "gaussian")  # others change the base's own weights
-SETTINGS_OF = {  # of LoraConfig, what can be merged; the others must be empty
+SETTINGS_OF = {  # of LoraConfig, what can be merged; the others must be empty or as they are by default
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save", "bias", "lora_bias"),
     *("use_rslora", "use_dora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "trainable_token_indices"),
     *("layers_to_transform", "layers_pattern", "init_lora_weights", "ensure_weight_tying"),
@@ -51,18 +51,17 @@ def merge_adapter(model: PreTrainedModel, folder: Path, tokenizer: Any, base_voc
 
     found = find_model(folder)
     weights, config = Weights(found.path, found.allowed, ("adapter_model",)), read_lora_config(found)
-    new_ids = _grow(model, tokenizer, weights, base_vocab)
+    dtype, new_ids = model.dtype, _grow(model, tokenizer, weights, base_vocab)
     place = found.path / "adapter_config.json"
     try:
-        peft_model = get_peft_model(model, config)
+        peft_model = get_peft_model(model, config, low_cpu_mem_usage=True)
         wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     except Exception as error:  # noqa: BLE001  (peft checks few of its settings, each in its own way)
         raise UserError(f"{place}: does not fit the base, or is damaged ({reason(error)})") from None
     state = _checked_tensors(weights, {name: tuple(tensor.shape) for name, tensor in wanted.items()}, peft_model)
     del wanted
-    set_peft_model_state_dict(peft_model, state)
-    merged = peft_model.merge_and_unload()
-    _untie_what_differs(merged)
+    set_peft_model_state_dict(peft_model, state, low_cpu_mem_usage=True)
+    merged = peft_model.merge_and_unload().to(dtype)
     for module in (merged.get_input_embeddings(), merged.get_output_embeddings()):
         bad = [number for number in new_ids if not module.weight[number].isfinite().all()]
         if bad:
@@ -85,8 +84,9 @@ def read_lora_config(folder: ModelFolder) -> Any:
     place, settings = folder.path / "adapter_config.json", folder.json("adapter_config.json")
     if settings.get("peft_type") != "LORA":
         raise UserError(f"{place}: peft_type is {settings.get('peft_type')!r}, only LORA can be merged")
+    plain = LoraConfig()
     for key, value in settings.items():
-        if value and key not in SETTINGS_OF:
+        if value and key not in SETTINGS_OF and value != getattr(plain, key, None):
             raise UserError(f"{place}: {key} is not supported")
     for key in ("r", "lora_alpha"):
         value = settings.get(key)
@@ -146,14 +146,3 @@ def _checked_tensors(weights: Weights, wanted: dict[str, tuple[int, ...]], peft_
         if not all_finite(weights.read(stored)):
             raise UserError(f"{place}: {name} holds NaN or inf; the run diverged, take an earlier checkpoint")
     return {name: weights.read(stored) for name, stored in names.items()}
-
-
-def _untie_what_differs(model: PreTrainedModel) -> None:
-    """A base that ties its head to its embeddings no longer does if the adapter trained the two apart."""
-    config = model.config.get_text_config()
-    one, other = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    if config.tie_word_embeddings and one is not other:
-        if torch.equal(one, other):
-            model.get_output_embeddings().weight = one
-        else:
-            config.tie_word_embeddings = model.config.tie_word_embeddings = False
