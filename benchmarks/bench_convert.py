@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "tests" / "conve
 from convert.folder import find_model, parse_size, skeleton
 from convert.merge_delta import merge_delta
 from convert.weights import write_weights
-from utils import run_main, versions
+from utils import run_main
 
 
 def make_inputs(folder: Path, hidden: int, layers: int, shard: int) -> None:
@@ -65,52 +66,48 @@ def copy_hashed(folder: Path, shard: int) -> None:
                 os.fsync(file.fileno())
 
 
-def measure(work, folder: Path, shard: int, results) -> None:  # noqa: ANN001
-    """Put the seconds that `work` takes, and the memory that it needs beyond what is there before, into `results`."""
+def measure(work, folder: Path, shard: int) -> tuple[float, int]:  # noqa: ANN001
+    """The seconds that `work` takes, and the bytes of memory that it needs beyond what is there before."""
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
-    def peak() -> int:
-        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-
-    before, start = peak(), time.perf_counter()
+    before, start = peak_memory(), time.perf_counter()
     work(folder, shard)
-    results.put((time.perf_counter() - start, peak() - before))
+    return time.perf_counter() - start, peak_memory() - before
+
+
+def peak_memory() -> int:
+    """Bytes that this process had in memory at most."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
 def main(argv: list[str] | None = None) -> None:
     """Make the inputs, merge and copy in turn, print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for flag, kind, default, what in (
-        ("--hidden", int, 1024, "hidden size"),
-        ("--layers", int, 16, "number of layers"),
-        ("--shard", parse_size, "200MB", "largest file"),
-        ("--rounds", int, 3, "times each is run"),
-    ):
-        parser.add_argument(flag, type=kind, default=default, help=f"{what} (default: {default})")
+    parser.add_argument("--hidden", type=int, default=1024, help="hidden size (default: 1024)")
+    parser.add_argument("--layers", type=int, default=16, help="number of layers (default: 16)")
+    parser.add_argument("--shard", type=parse_size, default="200MB", help="largest file (default: 200MB)")
+    parser.add_argument("--rounds", type=int, default=3, help="times each is run (default: 3)")
     args = parser.parse_args(argv)
-    spawn = multiprocessing.get_context("spawn")
     found: dict[str, list[tuple[float, int]]] = {"merge": [], "copy": []}
     with tempfile.TemporaryDirectory() as name:
-        folder, results = Path(name), spawn.Queue()
+        folder = Path(name)
         make_inputs(folder, args.hidden, args.layers, args.shard)
         merge(folder, args.shard)
         (folder / "out").rename(folder / "target")
         files = [path.stat().st_size for path in folder.glob("target/model*.safetensors")]
-        print(
-            f"target: {sum(files) / 1e9:.2f} GB in {len(files)} files; {versions('torch', 'safetensors')}", flush=True
-        )
         for way, work in [("merge", merge), ("copy", copy_hashed)] * args.rounds:
             os.sync()
-            process = spawn.Process(target=measure, args=(work, folder, args.shard, results))
-            process.start()
-            found[way].append(results.get())
-            process.join()
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                found[way].append(pool.submit(measure, work, folder, args.shard).result())
             shutil.rmtree(folder / "out")
-            print(f"  {way}: {found[way][-1][0]:.2f} s, {found[way][-1][1] / 1e6:.0f} MB", flush=True)
+    for way, runs in found.items():
+        print(f"{way}: " + ", ".join(f"{took:.2f} s and {memory / 1e6:.0f} MB" for took, memory in runs))
     seconds = {way: statistics.median(took for took, _ in runs) for way, runs in found.items()}
     peak = max(memory for _, memory in found["merge"])
-    print(f"merge time ÷ time of copying with hashes: {seconds['merge'] / seconds['copy']:.2f}")
-    print(f"peak memory ÷ shard size: {peak / max(files):.2f}")
+    print(
+        f"{sum(files) / 1e9:.2f} GB in {len(files)} files: merging takes {seconds['merge'] / seconds['copy']:.2f} × the"
+    )
+    print(f"time of copying with hashes, and {peak / max(files):.2f} × the memory of the largest file")
 
 
 if __name__ == "__main__":
