@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from convert.hub import local_or_hub, reason
-from convert.weights import Specs, Weights, inside
+from convert.weights import Specs, Weights, inside, is_old_buffer
 from data import ITEM_TOKEN
 from utils import UserError, read_json
 
@@ -143,21 +143,36 @@ def _empty_model(config):  # noqa: ANN001, ANN202
         raise UserError(f"config.json: no causal language model can be made of it ({reason(error)})") from None
 
 
-def check_names(specs: Specs, wanted: dict[str, tuple[int, ...]], ties: dict[str, str], place: Path) -> None:
+def check_names(
+    specs: Specs, wanted: dict[str, tuple[int, ...]], ties: dict[str, str], place: Path, may_convert: bool = False
+) -> bool:
     """Refuse weights that are not what config.json describes.
 
     Args:
         wanted: names and shapes of the model's tensors.
         ties: those that are another tensor again (alias → source), and may be missing.
+        may_convert: names may be others, which transformers converts when it loads the model, if there are as many numbers.
+
+    Returns:
+        False if the names are others, and were not compared.
 
     Raises:
-        UserError: a tensor is missing or has another shape.
+        UserError: a tensor is missing, has another shape, or nothing would load it.
     """
+    lost = [name for name in wanted if name not in specs and name not in ties]
+    more = [name for name in specs if name not in wanted and name not in ties and not is_old_buffer(name)]
+    if lost and more and may_convert:
+        theirs = sum(torch.Size(shape).numel() for name, shape in wanted.items() if name not in ties)
+        if theirs == sum(torch.Size(shape).numel() for name, (shape, _) in specs.items() if name not in ties):
+            return False
+    if lost:
+        raise UserError(f"{place}: lacks {lost[0]}, which the model of its config.json has")
+    if more:
+        raise UserError(f"{place}: {more[0]} is not part of the model of its config.json; nothing would load it")
     for name, shape in wanted.items():
-        if name not in specs and name not in ties:
-            raise UserError(f"{place}: lacks {name}, which the model of its config.json has")
         if name in specs and specs[name][0] != shape:
             raise UserError(f"{place}: {name} is {list(specs[name][0])}, config.json makes it {list(shape)}")
+    return True
 
 
 def read_tokenizer(folder: ModelFolder):  # noqa: ANN201  (a transformers tokenizer)

@@ -85,12 +85,9 @@ def plan_merge(base: ModelFolder, delta: ModelFolder, b: Weights, d: Weights, dt
             raise UserError(
                 f"{delta.path}: lacks {name}, which the base has; it is incomplete or belongs to another base"
             )
-    if all(name in wanted or name in plan.ties or is_old_buffer(name) for name in b):
-        _check_target(plan, wanted, delta.path)
-    else:
-        plan.notes.append(
-            "the base's names are converted when it is loaded, so they were not compared with the model's"
-        )
+    specs = {name: (shape, dtype) for name, shape in plan.shapes.items()}
+    if not check_names(specs, wanted, plan.ties, delta.path, may_convert=True):
+        plan.notes.append("the names are converted when the model is loaded, so they were not compared with its own")
     if dropped:
         plan.notes.append(f"{len(dropped)} buffers that models now compute were dropped ({dropped[0]} …)")
     return plan
@@ -129,18 +126,6 @@ def _same_or_grown(
     if name in vocabulary and base[1:] == delta[1:] and delta[0] > base[0]:
         return None
     raise UserError(f"{name}: {list(delta)} on the delta's side, {list(base)} in the base: they do not belong together")
-
-
-def _check_target(plan: Plan, wanted: dict[str, tuple[int, ...]], place: Path) -> None:
-    """The target must be what its configuration describes, tied names aside."""
-    ties = plan.ties
-    check_names({name: (shape, plan.dtype) for name, shape in plan.shapes.items()}, wanted, ties, place)
-    for name in plan.shapes:
-        if name not in wanted and name not in ties:
-            raise UserError(f"{place}: {name} is not part of a {plan.config.model_type}; nothing would load it")
-    for alias, source in ties.items():
-        if alias in plan.shapes and plan.shapes[alias] != plan.shapes[source]:
-            raise UserError(f"{place}: {alias} and {source} are tied in config.json but differ in shape")
 
 
 def merged(name: str, plan: Plan, b: Weights, d: Weights) -> torch.Tensor:

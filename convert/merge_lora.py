@@ -56,9 +56,7 @@ def merge_lora(
     with new_folder(target, overwrite, [base.path, adapter.path]) as partial:
         weights, config = base.weights(), load_config(base)
         stored = Weights(adapter.path, adapter.allowed, ("adapter_model",))
-        wanted, ties = skeleton(config)
-        if all(name in wanted or is_old_buffer(name) for name in weights):  # else names are converted when it is loaded
-            check_names(weights.specs(), wanted, ties, base.path)
+        check_names(weights.specs(), *skeleton(config), base.path, may_convert=True)
         embedding = weights.entries.get(embedding_names(config)[0])
         model = load_adapter_model(adapter.path, str(base.path), read_tokenizer(adapter), torch.float32)
         rows = model.get_input_embeddings().weight.shape[0]
