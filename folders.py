@@ -3,11 +3,6 @@
     with new_folder(target, overwrite, reads=[base]) as partial:
         model.save_pretrained(partial)              # `target` is there, complete, when the block has ended well
 
-    with into_folder(run) as partial:               # `run` stays with all that it holds; these files join it
-        model.save_pretrained(partial)
-
-    with locked(run):                               # a second process is refused in one line
-
 Every folder so written lists its files in `.written.json`. `overwrite` replaces only a folder that has such a list and
 holds nothing else, `remove_written` removes only what is on it. Nothing here imports torch.
 """
@@ -25,7 +20,7 @@ from safetensors import SafetensorError
 
 from utils import UserError, read_json, write_json
 
-RECORD = ".written.json"
+WRITTEN = ".written.json"
 LOADERS = ("config.json", "adapter_config.json")  # without one of them nothing loads a folder
 
 
@@ -45,43 +40,23 @@ def new_folder(target: str | Path, overwrite: bool = False, reads: Iterable[Path
     target = _real(target)
     _refuse_inputs(target, reads)
     _refuse_existing(target, overwrite)
+    partial, old = _beside(target, "partial"), _beside(target, "old")
     with locked(target):
-        _recover(target)
+        _recover(target, old)
         _refuse_existing(target, overwrite)
-        with _partial(_beside(target, "partial"), target) as partial:
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
             yield partial
             _finish(partial)
-            old = _beside(target, "old")
             if target.exists():
                 target.rename(old)
             partial.rename(target)
-            remove_written(old)
-
-
-@contextlib.contextmanager
-def into_folder(target: str | Path) -> Iterator[Path]:
-    """A folder whose files join those in `target` when the block ends well, the ones that make it load (`LOADERS`) last.
-
-    Files of the same name are replaced; all else in `target` stays. Until then it is `<target>/.partial`. Nothing loads
-    `target` if the process is killed while the files are moved.
-
-    Raises:
-        UserError: another process writes to `target`, or the disk fails or is full.
-    """
-    target = _real(target)
-    with locked(target), _partial(target / ".partial", target) as partial:
-        yield partial
-        _finish(partial)
-        (partial / RECORD).unlink()
-        names = _files(partial)
-        write_json(target / RECORD, {"files": sorted({*names, *(written(target) or ())})})
-        for name in LOADERS:
-            if name in names:
-                (target / name).unlink(missing_ok=True)
-        for name in sorted(names, key=lambda name: name in LOADERS):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            (partial / name).replace(target / name)
-        shutil.rmtree(partial)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{what_failed(error, target, partial)}; nothing was left in {target}") from None
+        finally:
+            _recover(target, old)
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -123,7 +98,7 @@ def written(folder: Path) -> list[str] | None:
     Raises:
         UserError: the record is damaged, or lists a path out of the folder.
     """
-    path = folder / RECORD
+    path = folder / WRITTEN
     if not path.is_file():
         return None
     content = read_json(path)
@@ -140,7 +115,7 @@ def remove_written(folder: Path) -> None:
     names = written(folder) or []
     for name in sorted(names, key=lambda name: name not in LOADERS):
         (folder / name).unlink(missing_ok=True)
-    (folder / RECORD).unlink(missing_ok=True)
+    (folder / WRITTEN).unlink(missing_ok=True)
     for parent, _, _ in os.walk(folder, topdown=False):
         with contextlib.suppress(OSError):  # not empty
             Path(parent).rmdir()
@@ -165,33 +140,18 @@ def _beside(target: Path, ending: str) -> Path:
     return target.parent / f".{target.name}.{ending}"
 
 
-@contextlib.contextmanager
-def _partial(partial: Path, target: Path) -> Iterator[Path]:
-    """The empty folder `partial`, gone when the block fails. A failing disk is one line."""
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(f"{what_failed(error, target, partial)}; nothing was left in {target}") from None
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
 def _files(folder: Path) -> list[str]:
     """The paths below `folder` of all that is no folder, sorted; not the record itself."""
     found = (Path(parent) / name for parent, _, files in os.walk(folder) for name in files)
-    return sorted({path.relative_to(folder).as_posix() for path in found} - {RECORD})
+    return sorted({path.relative_to(folder).as_posix() for path in found} - {WRITTEN})
 
 
 def _finish(partial: Path) -> None:
     """Write the record, give all files the usual rights (safetensors makes its own private), bring them to the disk."""
-    write_json(partial / RECORD, {"files": _files(partial)})
+    write_json(partial / WRITTEN, {"files": _files(partial)})
     umask = os.umask(0)
     os.umask(umask)
-    for name in (*_files(partial), RECORD):
+    for name in (*_files(partial), WRITTEN):
         (partial / name).chmod(0o666 & ~umask)
         with open(partial / name, "rb") as file:
             os.fsync(file.fileno())
@@ -214,7 +174,7 @@ def _refuse_existing(target: Path, overwrite: bool) -> None:
         raise UserError(f"{target}: exists; choose another folder or add --overwrite")
     names = written(target)
     if names is None:
-        raise UserError(f"{target}: was not written here (it has no {RECORD}), so it is not replaced")
+        raise UserError(f"{target}: was not written here (it has no {WRITTEN}), so it is not replaced")
     foreign = sorted(set(_files(target)) - set(names))
     if foreign:
         raise UserError(
@@ -222,9 +182,8 @@ def _refuse_existing(target: Path, overwrite: bool) -> None:
         )
 
 
-def _recover(target: Path) -> None:
-    """Undo what a killed process left: an old folder that was moved aside and not yet replaced, or not yet removed."""
-    old = _beside(target, "old")
+def _recover(target: Path, old: Path) -> None:
+    """Bring back the folder that was moved aside if nothing has taken its place; else remove it."""
     if old.exists() and not target.exists():
         old.rename(target)
     remove_written(old)

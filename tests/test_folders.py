@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from folders import RECORD, into_folder, locked, new_folder, remove_written, written
+from folders import WRITTEN, locked, new_folder, remove_written, written
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +24,7 @@ def fill(folder: Path, text: str = "new") -> None:
 
 def content(folder: Path) -> dict[str, str]:
     """Path → text of every file below `folder` but the record."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != RECORD]
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != WRITTEN]
     return {path.relative_to(folder).as_posix(): path.read_text() for path in files}
 
 
@@ -51,10 +51,8 @@ def test_the_folder_is_there_when_the_block_has_ended_well(target):
 
 
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, SystemExit])
-@pytest.mark.parametrize("kind", [new_folder, into_folder])
-def test_a_block_that_fails_changes_nothing(target, kind, failure):
-    options = {"overwrite": True} if kind is new_folder else {}
-    with pytest.raises(failure), kind(target, **options) as partial:
+def test_a_block_that_fails_changes_nothing(target, failure):
+    with pytest.raises(failure), new_folder(target, overwrite=True) as partial:
         fill(partial)
         raise failure
     assert set(content(target).values()) == {"old"}
@@ -99,18 +97,6 @@ def test_an_empty_folder_and_a_link_are_filled(tmp_path):
     assert names(tmp_path) == ["disk", "link"]
 
 
-def test_files_join_a_folder_that_stays(target):
-    (target / "checkpoint-1").mkdir()
-    (target / "checkpoint-1/model.safetensors").write_text("kept")
-    with into_folder(target) as partial:
-        (partial / "config.json").write_text("new")
-        (partial / "tokenizer.json").write_text("new")
-    found = content(target)
-    assert found["config.json"] == found["tokenizer.json"] == "new"
-    assert found["model.safetensors"] == "old" and found["checkpoint-1/model.safetensors"] == "kept"
-    assert written(target) == ["config.json", "model.safetensors", "part/more.txt", "tokenizer.json"]
-
-
 def test_only_what_was_written_is_removed(target):
     (target / "README.md").write_text("mine")
     remove_written(target)
@@ -121,8 +107,8 @@ def test_only_what_was_written_is_removed(target):
 
 @pytest.mark.parametrize("text", ["[]", '{"files": "x"}', '{"files": ["../x"]}', '{"files": ["/x"]}', "{"])
 def test_a_record_of_another_form_removes_nothing(target, text):
-    (target / RECORD).write_text(text)
-    with pytest.raises(UserError, match=RECORD):
+    (target / WRITTEN).write_text(text)
+    with pytest.raises(UserError, match=WRITTEN):
         remove_written(target)
     assert len(content(target)) == 3
 
@@ -140,7 +126,7 @@ with new_folder({str(tmp_path / "target")!r}) as partial:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", script], **pipes) as other:
         assert other.stdout.readline() == "ready\n"
-        for kind in (new_folder, into_folder, locked):
+        for kind in (new_folder, locked):
             with pytest.raises(UserError, match="another process is writing it now"), kind(tmp_path / "target"):
                 pass
         other.kill()
