@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from adapters import merge_adapter
+from convert.folder import find_model
 from convert.hub import local_or_hub
 from data import RecData
 from tokenising import add_item_tokens, cut_as_in_2023, first_line, item_token_ids, load_tokenizer
@@ -327,16 +329,17 @@ def load_for_test(
     if not lora:
         return load_model(ckpt_path, dtype).to(device).eval(), tokenizer
 
-    from peft import PeftModel
+    return load_adapter_model(ckpt_path, base_model, tokenizer, dtype).to(device).eval(), tokenizer
 
-    model = load_model(local_or_hub(base_model, "--base_model"), dtype)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    try:
-        model = PeftModel.from_pretrained(model, ckpt_path).merge_and_unload()
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{ckpt_path}: the adapter cannot be loaded ({first_line(error)})") from error
-    return model.to(device).eval(), tokenizer
+
+def load_adapter_model(adapter: str | Path, base_model: str, tokenizer: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The base model in `dtype` with the adapter merged into it; `tokenizer` is the adapter's.
+
+    Raises:
+        UserError: see `adapters.merge_adapter`.
+    """
+    base_model = local_or_hub(base_model, "--base_model")
+    return merge_adapter(load_model(base_model, dtype), find_model(base_model), find_model(adapter), tokenizer)
 
 
 def full_state(model: Any, only_trained: bool = False) -> dict[str, torch.Tensor] | None:

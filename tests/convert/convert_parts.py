@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AddedToken, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WORDS = [f"the user bought item number {i} and also {i * 7} blue or red things" for i in range(300)]
 VOCABULARY = 300
 ITEM_TOKENS = sorted(f"<{level}_{code}>" for level in "abcd" for code in range(4))

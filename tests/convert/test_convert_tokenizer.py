@@ -60,7 +60,7 @@ def test_text_is_cut_as_in_training(tmp_path, later, table):
     if later:
         since_4_34(tmp_path / "old")
     (tmp_path / "new").mkdir()
-    assert "rules of its training" in old_tokenizer.save_tokenizer(find_model(tmp_path / "old"), tmp_path / "new")
+    assert "rules of its training" in old_tokenizer.save_old_tokenizer(find_model(tmp_path / "old"), tmp_path / "new")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "new")
     for text, wanted in table.items():
         tokens = tokenizer.convert_ids_to_tokens(tokenizer(text).input_ids)
@@ -81,7 +81,7 @@ def test_new_tokenizers_are_copied_as_they_are(tmp_path):
     save_tokenizer(tmp_path / "old", ITEM_TOKENS)
     AutoTokenizer.from_pretrained(tmp_path / "old").save_pretrained(tmp_path / "today")
     (tmp_path / "copy").mkdir()
-    assert old_tokenizer.save_tokenizer(find_model(tmp_path / "today"), tmp_path / "copy") is None
+    assert old_tokenizer.save_old_tokenizer(find_model(tmp_path / "today"), tmp_path / "copy") is None
     for path in (tmp_path / "today").iterdir():
         assert (tmp_path / "copy" / path.name).read_bytes() == path.read_bytes()
     shutil.rmtree(tmp_path / "copy")
