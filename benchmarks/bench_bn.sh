@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Batch norm on (what the paper's run had) or off in the index training, side by side: the indices, and a model on each.
 #
-#   bash benchmarks/bench_bn.sh                             Amazon Office, 300 epochs each instead of 10,000
+#   bash benchmarks/bench_bn.sh                             Amazon Office, 150 epochs each instead of 10,000
 #   INDEX_EPOCHS=10000 WARMUP_EPOCHS=50 SEEDS="42 43 44" bash benchmarks/bench_bn.sh        the paper's length; three models on each
 #
 # Indices: `index/main.py --preset paper --bn True|False`. Models: the recipe of benchmarks/accuracy.sh, whose settings apply.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 DATASET="${DATASET:-Office}"
-INDEX_EPOCHS="${INDEX_EPOCHS:-300}"
+INDEX_EPOCHS="${INDEX_EPOCHS:-150}"
 for bn in True False; do
   METHOD="bn-$bn" INDEX_FLAGS="--preset paper --bn $bn --epochs $INDEX_EPOCHS --warmup_epochs ${WARMUP_EPOCHS:-10} --device ${DEVICE:-cuda:0}" \
     bash benchmarks/accuracy.sh

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import bench_index  # noqa: E402
+import bench_index
 
 
 @pytest.mark.slow
