@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from commands import InputError
 
 Kind = Callable[[str], Any]
+MOST = 10**12
 
 
 def _kind(words: str, convert: Callable[[str], Any]) -> Kind:
@@ -25,16 +26,16 @@ def _kind(words: str, convert: Callable[[str], Any]) -> Kind:
     return kind
 
 
-def integer(low: int, high: int | None = None) -> Kind:
+def integer(low: int, high: int = MOST) -> Kind:
     """Whole numbers from `low` to `high`."""
 
     def convert(text: str) -> int:
         number = int(text)
-        if number < low or (high is not None and number > high):
+        if not low <= number <= high:
             raise ValueError
         return number
 
-    return _kind(f"a whole number from {low}" + (" on" if high is None else f" to {high}"), convert)
+    return _kind(f"a whole number from {low}" + (" on, 10^12 at most" if high == MOST else f" to {high}"), convert)
 
 
 def decimal(low: float, high: float = math.inf, *, without_low: bool = False) -> Kind:

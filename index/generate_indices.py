@@ -67,10 +67,10 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         InputError: with the first such flag.
     """
-    if args.output_file.exists() and not args.overwrite:
-        raise InputError(f"{args.output_file}: is there already; give --overwrite to replace it")
     for path in outputs(args.output_file):
         check_place(path)
+    if args.output_file.exists() and not args.overwrite:
+        raise InputError(f"{args.output_file}: is there already; give --overwrite to replace it")
     if len(args.num_emb_list) > LEVELS:
         raise InputError(f"--num_emb_list: {LEVELS} levels at most, a letter each")
     if args.extend and args.method != "rqvae":

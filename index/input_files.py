@@ -103,7 +103,7 @@ def load_pth(path: str | Path, device: torch.device | str = "cpu") -> Any:
             return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged files
         text = str(error)
-        foreign = re.search(r"GLOBAL (\S+)", text) or re.search(r"Unsupported (?:global|class|operand)[^\n]*", text)
+        foreign = re.search(r"GLOBAL (\S+)", text) or re.search(r"Unsupported (?:global|class)[^\n]*", text)
         if foreign:
             raise InputError(f"{path}: refused, it carries a foreign object ({foreign.group(0)[:120]})") from None
         raise InputError(f"{path}: not a readable checkpoint ({_reason(error)})") from None

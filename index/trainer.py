@@ -188,7 +188,7 @@ class Trainer:
         self._sum_gradients()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         if not torch.isfinite(loss.detach() + norm):
-            self._stop_at(f"the loss is {float(loss):g}, its gradient {float(norm):g}")
+            self._stop_at(f"the loss is {loss.item():g}, its gradient {norm.item():g}")
         self.optimizer.step()
         self.scheduler.step()
         return torch.stack([loss.detach(), reconstruction.detach()]).double() * weight
