@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import signal
 import sys
 import time
@@ -162,7 +163,8 @@ class Trainer:
         for counts in self.assigned.values():
             counts.zero_()
         sums = torch.zeros(2, dtype=torch.float64, device=self.processes.device)
-        rows = self.embeddings.batches(own, self.args.num_workers)
+        workers = min(self.args.num_workers, len(os.sched_getaffinity(0)))
+        rows = self.embeddings.batches(own, workers)
         for x, batch in zip(rows, batches, strict=True):
             sums += self.train_step(x, len(x) / len(batch))
         return tuple(self.processes.sum_(sums).tolist())

@@ -374,17 +374,6 @@ def test_resume_refuses_other_flags_and_other_embeddings(embeddings: Path) -> No
         index_main.main(["--resume", str(folder), "--data_path", str(other), "--epochs", "8", "--device", "cpu"])
 
 
-def test_bn_false_means_false() -> None:
-    assert index_main.parse_flags(["--bn", "False"])[0].bn is False
-    assert index_main.parse_flags(["--bn", "true"])[0].bn is True
-
-
-def test_presets_give_way_to_flags() -> None:
-    args, _ = index_main.parse_flags("--preset paper --epochs 7 --num_emb_list 64 64 64".split())
-    assert (args.epochs, args.batch_size, args.sk_epsilons) == (7, 1024, [0.0, 0.0, 0.003])
-    assert index_main.parse_flags([])[0].sk_epsilons == [0.0, 0.0, 0.0]
-
-
 def test_from_the_folder_and_a_user_mistake_is_one_line_and_status_2(tmp_path: Path) -> None:
     command = [sys.executable, "main.py", "--data_path", "nowhere.npy", "--ckpt_dir", str(tmp_path), "--device", "cpu"]
     result = subprocess.run(command, cwd=INDEX, capture_output=True, text=True)
