@@ -61,7 +61,7 @@ def build_parser() -> FlagParser:
     return parser
 
 
-def check(args: argparse.Namespace) -> None:
+def check_together(args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other, and places where nothing can be written.
 
     Raises:
@@ -149,7 +149,7 @@ def report_of(args: argparse.Namespace, index: Index, embeddings: Embeddings) ->
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Write the index, its report and its picture; returns the report."""
     args = build_parser().parse_args(argv)
-    check(args)
+    check_together(args)
     if not args.data_path:
         path = best_checkpoint(args.ckpt_path)
         args.data_path = str(getattr(load_checkpoint(path)["args"], "data_path", ""))

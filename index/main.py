@@ -132,7 +132,7 @@ def parse_flags(argv: Sequence[str] | None) -> tuple[argparse.Namespace, set[str
     return args, given
 
 
-def check(args: argparse.Namespace) -> None:
+def check_together(args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other.
 
     Raises:
@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
         content["args"] = build_parser().recorded(content["args"], state)
         args = resumed_args(args, given, content)
         folder = None if "ckpt_dir" in given else state.parent
-    check(args)
+    check_together(args)
     if not args.ckpt_dir and folder is None:
         raise InputError("--ckpt_dir: give a folder for the run's checkpoints")
     device = use_device(args.device)
