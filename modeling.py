@@ -21,7 +21,7 @@ from adapters import merge_adapter
 from convert.folder import find_model
 from convert.hub import local_or_hub
 from data import RecData
-from tokenising import add_item_tokens, cut_as_in_2023, first_line, item_token_ids, load_tokenizer
+from tokenising import add_item_tokens, cut_as_in_2023, first_line, is_llamas, item_token_ids, load_tokenizer
 from trie import ItemTrie
 from utils import UserError, is_main
 
@@ -142,13 +142,13 @@ def prepare_base(
     Args:
         start: item embeddings that the new rows start from, and their items (`rows_from_embeddings`).
         packing: make sure that the model keeps packed samples apart (`packing.check_packing`).
-        tokenisation: "base", or "2023" (`tokenising.cut_as_in_2023`).
+        tokenisation: "base", "2023" (`tokenising.cut_as_in_2023`), or "paper": 2023 where that is possible.
     """
     base_model = local_or_hub(base_model, "--base_model")
     tokenizer = load_tokenizer(base_model, model_max_length)
     model = load_model(base_model)
     new_ids = add_item_tokens(tokenizer, tokens)
-    if tokenisation == "2023":
+    if tokenisation == "2023" or (tokenisation == "paper" and is_llamas(tokenizer)):
         tokenizer = cut_as_in_2023(tokenizer)
     torch.manual_seed(seed)
     rows = None

@@ -16,7 +16,7 @@ recipe() {
   NPROC="${NPROC:-$processes}"
   TEST_NPROC="$NPROC"
   case "$1" in Games | Arts | Instruments)
-    FINETUNE_RECIPE="$FINETUNE_RECIPE --tokenisation 2023"
+    FINETUNE_RECIPE="$FINETUNE_RECIPE --tokenisation paper"
     INDEX_RECIPE="--preset paper"
     return ;;
   esac

@@ -89,3 +89,5 @@ def test_a_base_that_had_no_such_rules_is_refused(tmp_path):
     tokenizer = load_tokenizer(tmp_path / "base")
     with pytest.raises(UserError, match="the base model's tokenizer is not LLaMA's"):
         cut_as_in_2023(tokenizer)
+    prepare_base(str(tmp_path / "base"), tmp_path / "ready", ITEM_TOKENS, 42, tokenisation="paper")  # as it is
+    assert load_tokenizer(tmp_path / "ready").tokenize("a pen") == tokenizer.tokenize("a pen")
