@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from convert_parts import ITEM_TOKENS, VOCABULARY, save_tokenizer, tiny_llama
-from test_convert_tokenizer import UNTIL_4_33
+from convert_parts import ITEM_TOKENS, UNTIL_4_33, VOCABULARY, save_tokenizer, tiny_llama
 from tiny_models import make_model
 from transformers import AutoTokenizer, MistralConfig
 
