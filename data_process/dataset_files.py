@@ -14,7 +14,7 @@ import polars as pl
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_process.embed import clean_text
+from data_process.cleaning import cleaned
 from utils import atomic_path, say
 
 KINDS = ("inter.json", "item.json", "user2id", "item2id", "review.json")
@@ -99,7 +99,7 @@ def item_entries(names: pl.Series, items: pl.LazyFrame) -> Iterator[tuple[str, s
         rows = rows.unique("number", keep="first", maintain_order=True)
         for number, *texts in rows.select("number", "title", "description", "brand", "categories").iter_rows():
             entry = dict(zip(("title", "description", "brand", "categories"), texts, strict=True))
-            yield str(number), json.dumps(entry, ensure_ascii=False)
+            yield str(number), json.dumps(entry, ensure_ascii=False, indent=1).replace("\n", "\n ")
 
 
 def review_entries(chosen: Chosen, interactions: pl.LazyFrame, place: Path) -> Iterator[tuple[str, str]]:
@@ -116,11 +116,10 @@ def review_entries(chosen: Chosen, interactions: pl.LazyFrame, place: Path) -> I
         for (bucket,), part in frame.group_by(pl.col("user") // size):
             (place / str(bucket)).mkdir(parents=True, exist_ok=True)
             part.write_parquet(place / str(bucket) / f"{count:06}.parquet")
+    entry = pl.format('"{}": {}', "item", pl.struct("review", "summary").struct.json_encode())
     for bucket in sorted(place.iterdir(), key=lambda folder: int(folder.name)):
         frame = pl.read_parquet(bucket / "*.parquet").sort("position")
-        for (user,), part in frame.group_by("user", maintain_order=True):
-            texts = part.select("item", *columns).iter_rows()
-            texts = {
-                str(item): {k: clean_text(v or "") for k, v in zip(columns, row, strict=True)} for item, *row in texts
-            }
-            yield str(user), json.dumps(texts, ensure_ascii=False)
+        texts = {name: cleaned(frame[name]) if name in columns else pl.lit("") for name in ("review", "summary")}
+        rows = frame.with_columns(**texts).select("user", entry.alias("entry"))
+        for user, entries in rows.group_by("user", maintain_order=True).agg(pl.col("entry").str.join(", ")).iter_rows():
+            yield str(user), f"{{{entries}}}"

@@ -30,15 +30,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data_process.cleaning import cleaned
 from data_process.dataset_files import KINDS, Chosen, write_dataset
-from data_process.embed import clean_text
 from data_process.raw_files import BadLines
 from provenance import record, record_path
 from utils import UserError, say
 
 SHORTEST = 3  # leave-one-out: one item to learn from, one to validate, one to test
 ID_TEXTS = ("title", "description", "brand", "categories")
-MARKED = r"[<&\x00\x1c-\x1f]"  # what clean_text does more to than to join blanks
 DATES = ("%F", "%F %T%.f", "%F %T%.f%z")
 
 Frames = Iterable[tuple[Path, pl.DataFrame]]
@@ -119,16 +118,6 @@ def check_name(dataset: str | None) -> str:
 
 
 # ---- checking and cleaning ----
-
-
-def cleaned(texts: pl.Series) -> pl.Series:
-    """Texts as one plain line each, markup and entities resolved (`clean_text`), null as the empty text."""
-    texts = texts.fill_null("")
-    plain = texts.str.replace_all(r"\s+", " ").str.strip_chars()
-    marked = texts.str.contains(MARKED)
-    if not marked.any():
-        return plain
-    return plain.scatter(marked.arg_true(), [clean_text(text) for text in texts.filter(marked)])
 
 
 def moments(texts: pl.Series) -> pl.Series:
@@ -343,7 +332,9 @@ def prepare(
         texts = stage(checked_items(items, bad), place / "items", "items")
         bad.settle(options.skip_bad)
         if staged is None or texts is None:
-            raise UserError(f"{inputs[0] if staged is None else inputs[-1]}: no {'interaction' if staged is None else 'item'} in it")
+            raise UserError(
+                f"{inputs[0] if staged is None else inputs[-1]}: no {'interaction' if staged is None else 'item'} in it"
+            )
         with_text = texts.filter((pl.col("title") != "") | (pl.col("description") != ""))
         chosen = choose(staged, with_text, rules, str(inputs[0]))
         written = write_dataset(folder, dataset, chosen, staged, with_text, place)

@@ -97,7 +97,11 @@ def test_k_core_equals_taking_out_one_by_one():
         ),
         (lambda f: None, ["--time_field", "when"], r"has no field 'when'; it has user_id"),
         (lambda f: None, ["--title_field", "name"], r"toy\.item: has no field 'name'"),
-        (lambda f: None, ["--k_core", "9"], r"toy\.inter: nothing is left\. .* 0 of users with 9 and items with 9 or more"),
+        (
+            lambda f: None,
+            ["--k_core", "9"],
+            r"toy\.inter: nothing is left\. .* 0 of users with 9 and items with 9 or more",
+        ),
     ],
 )
 def test_wrong_input(atomic, change, flags, message):
