@@ -13,11 +13,13 @@ from data_process.embed import clean_text
 
 MARKED = r"[<&\x00\x1c-\x1f]"  # what clean_text does more to than to join blanks
 
+BLANKS = r"\s{2,}|[^\S ]"  # what is not one plain blank
+
 
 def cleaned(texts: pl.Series) -> pl.Series:
     """Texts as one plain line each, markup and entities resolved (`clean_text`), null as the empty text."""
     texts = texts.fill_null("")
-    plain = texts.str.replace_all(r"\s+", " ").str.strip_chars()
+    plain = texts.str.replace_all(BLANKS, " ").str.strip_chars()
     marked = texts.str.contains(MARKED)
     if not marked.any():
         return plain

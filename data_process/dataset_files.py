@@ -18,7 +18,7 @@ from data_process.cleaning import cleaned
 from utils import atomic_path, say
 
 KINDS = ("inter.json", "item.json", "user2id", "item2id", "review.json")
-USERS_AT_ONCE, ITEMS_AT_ONCE, REVIEWS_AT_ONCE = 200_000, 100_000, 500_000
+USERS_AT_ONCE, ITEMS_AT_ONCE, REVIEWS_AT_ONCE = 200_000, 100_000, 200_000
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -104,10 +105,11 @@ def line_blocks(path: Path, quoted: bool = False) -> Iterator[tuple[int, bytes]]
         UserError: the file is missing, its packing is broken or cut off, or a line is longer than `LONGEST_LINE`.
     """
     line, rest = 1, b""
-    with open_raw(path) as file:
+    with open_raw(path) as file, ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(file.read, BLOCK)  # unpacked while the block before it is parsed
         while True:
             try:
-                chunk = file.read(BLOCK)
+                chunk, ahead = ahead.result(), reader.submit(file.read, BLOCK)
             except (OSError, EOFError, zlib.error) as error:
                 raise UserError(f"{path}: cannot be unpacked after line {line} ({error}); fetch it again") from None
             if line == 1 and not rest:
