@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from arguments import make_parser
 from data_process.embed import clean_text
-from utils import UserError, run_main, sha256
+from utils import UserError, run_main
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "a the it works well as described fits my desk and ships fast but one arrived broken not what I hoped".split()
@@ -92,19 +93,21 @@ def plain(reviews: Path, metadata: Path, folder: Path, dataset: str, k: int = 5)
     users = {name: number for number, name in enumerate(sorted(kept, key=lambda name: (len(name), name)))}
     names = sorted({item for rows in kept.values() for item in rows}, key=lambda name: (len(name), name))
     numbers = {name: number for number, name in enumerate(names)}
-    inters, texts = {}, {}
-    for user, number in users.items():
-        rows = sorted(kept[user].values(), key=lambda row: row[:3])
-        inters[str(number)] = [numbers[row[1]] for row in rows]
-        texts[str(number)] = {
-            str(numbers[row[1]]): {"review": clean_text(row[3]), "summary": clean_text(row[4])} for row in rows
-        }
+    rows = {str(n): sorted(kept[user].values(), key=lambda row: row[:3]) for user, n in users.items()}
     keys = ("title", "description", "brand", "categories")
-    entries = {str(n): dict(zip(keys, map(clean_text, items[name]), strict=True)) for n, name in enumerate(names)}
     (folder / dataset).mkdir(parents=True)
-    for kind, content in (("inter", inters), ("item", entries), ("review", texts)):
-        with open(folder / dataset / f"{dataset}.{kind}.json", "w", encoding="utf-8") as file:
-            json.dump(content, file, ensure_ascii=False)
+    stem = folder / dataset / dataset
+    with open(f"{stem}.inter.json", "w", encoding="utf-8") as file:
+        json.dump({user: [numbers[row[1]] for row in found] for user, found in rows.items()}, file)
+    with open(f"{stem}.item.json", "w", encoding="utf-8") as file:
+        entries = {str(n): dict(zip(keys, map(clean_text, items[name]), strict=True)) for n, name in enumerate(names)}
+        json.dump(entries, file, ensure_ascii=False, indent=1)
+    with open(f"{stem}.review.json", "w", encoding="utf-8") as file:
+        for user, found in rows.items():  # a user a line: all texts twice would not fit
+            texts = {str(numbers[r[1]]): {"review": clean_text(r[3]), "summary": clean_text(r[4])} for r in found}
+            file.write(f"{{\n {json.dumps(user)}: " if user == "0" else f",\n {json.dumps(user)}: ")
+            json.dump(texts, file, ensure_ascii=False)
+        file.write("\n}\n")
 
 
 def measured(command: list[str]) -> tuple[float, float, float]:
@@ -119,14 +122,13 @@ def measured(command: list[str]) -> tuple[float, float, float]:
 
 
 def same(left: Path, right: Path) -> bool:
-    """Whether two JSON files have one content, compared without keeping both."""
-    digests = []
-    for path in (left, right):
-        code = "import json, sys; json.dump(json.load(open(sys.argv[1])), open(sys.argv[2], 'w'), sort_keys=True)"
-        with tempfile.NamedTemporaryFile(dir=path.parent) as file:
-            subprocess.run([sys.executable, "-c", code, str(path), file.name], check=True)
-            digests.append(sha256(file.name))
-    return digests[0] == digests[1]
+    """Whether two JSON files have one content, compared line by line."""
+    with open(left, "rb") as file, open(right, "rb") as other:
+        for pair in zip_longest(file, other, fillvalue=b""):
+            one, two = (line.strip().removesuffix(b",") for line in pair)
+            if one != two and json.loads(b"{%b}" % one) != json.loads(b"{%b}" % two):
+                return False
+    return True
 
 
 def run(folder: Path, interactions: int) -> None:
