@@ -212,6 +212,8 @@ def header(path: Path, layout: Layout) -> list[str]:
     except UnicodeDecodeError:
         raise UserError(f"{path}: line 1 is not UTF-8") from None
     names = [name.strip() for name in next(csv.reader([line], delimiter=layout.separator, quoting=quoting), [])]
+    if layout.quoted and line.count('"') % 2:
+        raise UserError(f"{path}: line 1: a field's name has a line break, or a quote stays open")
     if layout.typed and not all(":" in name for name in names) or not names:
         raise UserError(f"{path}: line 1 must name the fields{' as name:type' if layout.typed else ''}")
     names = [name.rsplit(":", 1)[0] for name in names] if layout.typed else names
@@ -226,8 +228,7 @@ def separated(path: Path, wanted: list[str], layout: Layout, bad: BadLines) -> I
     need(path, names, wanted)
     for first, block in line_blocks(path, layout.quoted):
         if first == 1 and not layout.names:
-            start = _header_end(block, layout)
-            first, block = 1 + block.count(b"\n", 0, start), block[start:]
+            first, block = 2, block[block.index(b"\n") + 1 :]
         if block:
             frame = _plain(block, names, first, layout)
             frame = _csv_one_by_one(path, block, names, first, layout, bad) if frame is None else frame
@@ -238,14 +239,6 @@ def need(path: Path, names: list[str], wanted: list[str]) -> None:
     """Raises UserError if a wanted field is not among the names."""
     if missing := [name for name in wanted if name not in names]:
         raise UserError(f"{path}: has no field {missing[0]!r}; it has {', '.join(names)}")
-
-
-def _header_end(block: bytes, layout: Layout) -> int:
-    """Where the header ends: after the first line break that does not stand between quotes."""
-    end = block.find(b"\n") + 1
-    while layout.quoted and block.count(b'"', 0, end) % 2 and (more := block.find(b"\n", end) + 1):
-        end = more
-    return end
 
 
 def _plain(block: bytes, names: list[str], first: int, layout: Layout) -> pl.DataFrame | None:
