@@ -132,14 +132,16 @@ def moments(texts: pl.Series) -> pl.Series:
     return numbers.set(~numbers.is_finite().fill_null(False), None)
 
 
-def checked_interactions(frames: Frames, bad: BadLines) -> Iterator[pl.DataFrame]:
-    """user, item, time (float64), order (the running number of the row) and whatever else the frames have."""
+def checked_interactions(frames: Frames, bad: BadLines, rated: bool) -> Iterator[pl.DataFrame]:
+    """user, item, time (float64), order (the running number of the row), rating if it matters, and what else there is."""
     rows = 0
     for path, frame in frames:
         frame = frame.with_columns(pl.col("user", "item").str.strip_chars(), time=moments(frame["time"]))
         faults = _id_faults("user", "item")
         faults = faults.when(pl.col("time").is_null()).then(pl.lit("has no time that is a number or a date"))
-        if "rating" in frame.columns:
+        if not rated:
+            frame = frame.drop("rating", strict=False)
+        else:
             frame = frame.with_columns(pl.col("rating").str.strip_chars().cast(pl.Float64, strict=False))
             faults = faults.when(pl.col("rating").is_null()).then(pl.lit("has no rating that is a number"))
         frame = _without_faults(path, frame, faults, bad)
@@ -328,7 +330,11 @@ def prepare(
     if there and not options.overwrite:
         raise UserError(f"{there[0]} is there already; --overwrite replaces it")
     with staging(folder) as place:
-        staged = stage(checked_interactions(interactions, bad), place / "interactions", "interactions")
+        staged = stage(
+            checked_interactions(interactions, bad, rules.min_rating is not None),
+            place / "interactions",
+            "interactions",
+        )
         texts = stage(checked_items(items, bad), place / "items", "items")
         bad.settle(options.skip_bad)
         if staged is None or texts is None:
