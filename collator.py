@@ -13,8 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from token_store import TokenStore
-
 # Packed rows have a multiple of so many tokens: libraries keep a compiled kernel for each shape that they meet.
 ROUND = 128
 IGNORE = -100  # the label that cross-entropy leaves out
@@ -26,11 +24,10 @@ def adds_bos(tokenizer: Any) -> bool:
     return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
 
 
-def encode_prompts(tokenizer: Any, prompts: list[str], store: TokenStore | None = None) -> list[list[int]]:
-    """Token ids of each prompt, BOS first where the tokenizer adds one, and never an EOS; from `store` if there is one."""
+def encode_prompts(tokenizer: Any, prompts: list[str]) -> list[list[int]]:
+    """Token ids of each prompt, BOS first where the tokenizer adds one, and never an EOS."""
     bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-    rows = store.encode(prompts) if store else tokenizer(prompts, add_special_tokens=False)["input_ids"]
-    return [bos + ids for ids in rows]
+    return [bos + ids for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
 
 
 def encode_samples(
@@ -39,7 +36,6 @@ def encode_samples(
     responses: list[str],
     max_length: int,
     no_eos: bool = False,
-    store: TokenStore | None = None,
 ) -> tuple[list[list[int]], list[int]]:
     """Token ids of whole samples, cut at `max_length`, and how many of them belong to the prompt.
 
@@ -47,9 +43,9 @@ def encode_samples(
     its own tokenisation shares with the whole.
     """
     texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-    whole = encode_prompts(tokenizer, texts, store)
+    whole = encode_prompts(tokenizer, texts)
     samples, lengths, end = [], [], [] if no_eos else [tokenizer.eos_token_id]
-    for ids, prompt in zip(whole, encode_prompts(tokenizer, prompts, store), strict=True):
+    for ids, prompt in zip(whole, encode_prompts(tokenizer, prompts), strict=True):
         same = len(os.path.commonprefix([ids, prompt]))
         samples.append((ids + end)[:max_length])
         lengths.append(min(same, max_length))
@@ -95,7 +91,6 @@ class TrainCollator:
         tasks: task names; adds `tasks`, the position in it of each token's sample's task, in the shape of `labels`, and
             `seen`, how many tokens and samples the batch has.
         no_eos: samples end with the response.
-        store: where tokens are kept; None: the tokenizer reads each text anew. The batches are the same.
     """
 
     tokenizer: Any
@@ -104,11 +99,10 @@ class TrainCollator:
     packing: bool = False
     tasks: list[str] | None = None
     no_eos: bool = False
-    store: TokenStore | None = None
 
     def __call__(self, samples: list[dict[str, str]]) -> dict[str, Any]:
         prompts, responses = [s["prompt"] for s in samples], [s["response"] for s in samples]
-        ids, lengths = encode_samples(self.tokenizer, prompts, responses, self.max_length, self.no_eos, self.store)
+        ids, lengths = encode_samples(self.tokenizer, prompts, responses, self.max_length, self.no_eos)
         if not self.only_train_response:
             lengths = [0] * len(ids)
         labels = [[IGNORE] * n + row[n:] for row, n in zip(ids, lengths, strict=True)]
@@ -134,11 +128,10 @@ class TestCollator:
     """A list of prompts to `input_ids` and `attention_mask`, left-padded: int64 (batch, longest)."""
 
     tokenizer: Any
-    store: TokenStore | None = None
     __test__ = False  # not a pytest class
 
     def __call__(self, prompts: list[str]) -> dict[str, torch.Tensor]:
-        ids = encode_prompts(self.tokenizer, prompts, self.store)
+        ids = encode_prompts(self.tokenizer, prompts)
         return {
             "input_ids": pad(ids, self.tokenizer.pad_token_id, left=True),
             "attention_mask": pad([[1] * len(row) for row in ids], 0, left=True),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +17,15 @@ import numpy as np
 import torch
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from arguments import comma_list
 from collator import adds_bos
 from convert.hub import local_or_hub
 from data import RecData
-from decoding import ItemTrie
-from utils import UserError, is_main, local_rank, say
+from trie import ItemTrie
+from utils import UserError, is_main
 
+# what checkpoints of older libraries store besides their weights
+BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def pick_device(gpu_id: int | None = None) -> torch.device:
-    """The GPU `gpu_id` (default: the local rank's), or the CPU, said in one line, where CUDA is absent."""
-    if not torch.cuda.is_available():
-        say("note: no CUDA device; running on the CPU")
-        return torch.device("cpu")
-    number = local_rank() if gpu_id is None else gpu_id
-    if number >= torch.cuda.device_count():
-        raise UserError(f"GPU {number} does not exist; there are {torch.cuda.device_count()}, counted from 0")
-    torch.cuda.set_device(number)
-    return torch.device("cuda", number)
 
 
 # ---- tokenizer ----
@@ -47,8 +37,12 @@ def load_tokenizer(path: str | Path, model_max_length: int = 2048) -> Any:
     LLaMA pads with its unknown token (id 0); a tokenizer whose unknown token has another id pads with EOS.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, model_max_length=model_max_length, padding_side="right")
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, model_max_length=model_max_length, padding_side="right", trust_remote_code=False
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001  (a tokenizer's files can be wrong in any way)
         raise UserError(f"{path}: no tokenizer can be loaded ({first_line(error)})") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no end-of-sequence token")
@@ -117,12 +111,22 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, **more: Any) 
     """A causal LM of a folder or hub id in `dtype` (default: the checkpoint's); no code of the checkpoint is run.
 
     Raises:
-        UserError: there is no model that loads.
+        UserError: there is no model that loads, or its weights are not those of its configuration.
     """
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", trust_remote_code=False, **more)
-    except (OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True, **more
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001  (configurations and weight files can be wrong in any way)
         raise UserError(f"{path}: no model can be loaded ({first_line(error)})") from error
+    missing, extra = sorted(report["missing_keys"]), sorted(set(map(str, report["unexpected_keys"])))
+    extra = [name for name in extra if not name.endswith(BUFFERS)]
+    if missing or extra:
+        what = f"lack {missing[0]}" if missing else f"have {extra[0]}, which the model has not"
+        raise UserError(f"{path}: the weights do not fit config.json: they {what} ({len(missing + extra)} such names)")
+    return model
 
 
 def rows_from_embeddings(path: Path, data: RecData, tokens: list[str], width: int) -> torch.Tensor:
@@ -226,16 +230,32 @@ def prepare_base(
     save_model(model, tokenizer, target)
 
 
-def attach_lora(model: PreTrainedModel, args: Any, zero3_bf16: bool = False, new_rows: list[int] | None = None) -> Any:
-    """`model` with a LoRA adapter as `args` describe it (bias none; embeddings and head trained whole).
+@dataclass(frozen=True)
+class LoraShape:
+    """What a LoRA adapter is made of.
 
     Args:
-        new_rows: train these rows of embeddings and head alone, and `--lora_modules_to_save` not at all.
+        r, alpha, dropout: rank, scale (alpha / r), dropout before the adapter.
+        target_modules: names of the modules that get an adapter.
+        modules_to_save: names of the modules that train whole.
+        new_rows: train these rows of embeddings and head alone, and `modules_to_save` not at all.
     """
+
+    r: int
+    alpha: int
+    dropout: float
+    target_modules: list[str]
+    modules_to_save: list[str]
+    new_rows: list[int] | None = None
+
+
+def attach_lora(model: PreTrainedModel, shape: LoraShape, zero3_bf16: bool = False) -> Any:
+    """`model` with a LoRA adapter (bias none)."""
     from peft import LoraConfig, TaskType, get_peft_model
 
     tied = model.config.get_text_config().tie_word_embeddings
-    whole = comma_list(args.lora_modules_to_save) if new_rows is None else []
+    new_rows = shape.new_rows
+    whole = list(shape.modules_to_save) if new_rows is None else []
     if tied:  # the head is the embedding: train it once
         whole = [name for name in whole if name != "lm_head"]
     rows = None
@@ -244,10 +264,10 @@ def attach_lora(model: PreTrainedModel, args: Any, zero3_bf16: bool = False, new
         ends = [model.get_input_embeddings()] + ([] if tied else [model.get_output_embeddings()])
         rows = {modules[id(module)]: new_rows for module in ends}
     config = LoraConfig(
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules=comma_list(args.lora_target_modules),
+        r=shape.r,
+        lora_alpha=shape.alpha,
+        lora_dropout=shape.dropout,
+        target_modules=shape.target_modules,
         modules_to_save=whole or None,
         trainable_token_indices=rows,
         bias="none",
@@ -353,7 +373,7 @@ def find_checkpoint(ckpt_path: str, lora: bool = False) -> str:
 
 
 def load_for_test(
-    ckpt_path: str,
+    ckpt_path: str | Path,
     base_model: str | None = None,
     lora: bool = False,
     device: torch.device | str = "cpu",
@@ -362,7 +382,7 @@ def load_for_test(
     """A fine-tuned model in eval mode, and its tokenizer.
 
     Args:
-        ckpt_path: the checkpoint's folder (or hub id), or the adapter's with `lora`.
+        ckpt_path: the checkpoint's folder, or the adapter's with `lora` (`find_checkpoint`).
         base_model: the adapter's base.
         dtype: default bfloat16 on a GPU and float32 on the CPU.
 
@@ -371,7 +391,6 @@ def load_for_test(
     """
     device = torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    ckpt_path = find_checkpoint(ckpt_path, lora)
     tokenizer = load_tokenizer(ckpt_path)
     if not lora:
         return load_model(ckpt_path, dtype).to(device).eval(), tokenizer

@@ -1,6 +1,6 @@
 """The prompt frame and the templates of the six tasks (LC-Rec, section III-C), and loading a user's own from a file.
 
-A template is an instruction and a response with slots in braces. `TASK_SLOTS` says which slots a task can fill. Slots
+A template is an instruction and a response with slots in braces. `tasks.TASKS` says which slots a task can fill. Slots
 are replaced by plain text search, never by `str.format`: nothing in a data file is looked up as an attribute.
 """
 
@@ -10,21 +10,12 @@ import re
 import runpy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from tasks import TASKS
 from utils import UserError, read_json, say
 
 SLOT = re.compile(r"\{(\w+)\}")
-
-TASK_SLOTS: dict[str, frozenset[str]] = {
-    "seqrec": frozenset({"inters", "item"}),
-    "item2index": frozenset({"item", "title", "description"}),
-    "index2item": frozenset({"item", "title", "description"}),
-    "fusionseqrec": frozenset({"inters", "inter_titles", "item", "title", "description"}),
-    "itemsearch": frozenset(
-        {"inters", "item", "query", "explicit_preference", "user_related_intention", "item_related_intention"}
-    ),
-    "preferenceobtain": frozenset({"inters", "explicit_preference"}),
-}
 
 # The Alpaca instruction format (Taori et al., 2023); the response follows the colon without a blank.
 sft_prompt = (
@@ -198,6 +189,11 @@ class Prompts:
         """The text of the answer, without the end-of-sequence token."""
         return fill(template.response, slots) + self.frame.split("{response}")[1]
 
+    def as_json(self) -> dict[str, Any]:
+        """The two objects of a prompt file, `sft_prompt` and `all_prompt`."""
+        tasks = {task: [vars(template) for template in rows] for task, rows in self.templates.items()}
+        return {"sft_prompt": self.frame, "all_prompt": tasks}
+
     def of(self, task: str) -> list[Template]:
         """The templates of `task`. Raises UserError if there are none."""
         if not self.templates.get(task):
@@ -210,7 +206,7 @@ def fill(text: str, slots: dict[str, str]) -> str:
     return SLOT.sub(lambda match: slots[match.group(1)], text)
 
 
-def _checked(source: str, frame: object, templates: object) -> Prompts:
+def checked_prompts(source: str, frame: object, templates: object) -> Prompts:
     """Prompts from the two objects of a prompt file. Raises UserError with file and key."""
     if not isinstance(frame, str) or frame.count("{instruction}") != 1 or frame.count("{response}") != 1:
         raise UserError(f"{source}: sft_prompt must be a text with {{instruction}} and {{response}} once each")
@@ -220,8 +216,8 @@ def _checked(source: str, frame: object, templates: object) -> Prompts:
         raise UserError(f"{source}: all_prompt must map task names to lists of templates")
     tasks: dict[str, list[Template]] = {}
     for task, rows in templates.items():
-        if task not in TASK_SLOTS:
-            raise UserError(f"{source}: all_prompt has an unknown task {task!r}; known: {', '.join(TASK_SLOTS)}")
+        if task not in TASKS:
+            raise UserError(f"{source}: all_prompt has an unknown task {task!r}; known: {', '.join(TASKS)}")
         if not isinstance(rows, list):
             raise UserError(f"{source}: all_prompt[{task!r}] must be a list")
         tasks[task] = [_checked_row(f"{source}: all_prompt[{task!r}][{i}]", task, row) for i, row in enumerate(rows)]
@@ -232,11 +228,11 @@ def _checked_row(where: str, task: str, row: object) -> Template:
     if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("instruction", "response")):
         raise UserError(f"{where} must have the texts instruction and response")
     template = Template(row["instruction"], row["response"])
-    unknown = template.slots - TASK_SLOTS[task]
-    if unknown:
-        raise UserError(
-            f"{where} has the unknown slot {{{min(unknown)}}}; {task} knows {', '.join(sorted(TASK_SLOTS[task]))}"
-        )
+    for key, known in (("instruction", TASKS[task].asks), ("response", TASKS[task].answers)):
+        if unknown := set(SLOT.findall(row[key])) - known:
+            slot = min(unknown)
+            why = "would betray the answer" if slot in TASKS[task].answers else "is unknown"
+            raise UserError(f"{where}: {{{slot}}} in the {key} {why}; {task} has {', '.join(sorted(known))} there")
     return template
 
 
@@ -251,7 +247,7 @@ def load_prompts(path: str | None = None) -> Prompts:
         UserError: the file is missing or not of this form.
     """
     if not path:
-        return _checked("prompt.py", sft_prompt, all_prompt)
+        return checked_prompts("prompt.py", sft_prompt, all_prompt)
     if not Path(path).is_file():
         raise UserError(f"{path}: no such prompt file")
     if Path(path).suffix == ".py":
@@ -264,4 +260,4 @@ def load_prompts(path: str | None = None) -> Prompts:
         content = read_json(path)
         if not isinstance(content, dict):
             raise UserError(f"{path}: must be an object with sft_prompt and all_prompt")
-    return _checked(str(path), content.get("sft_prompt"), content.get("all_prompt"))
+    return checked_prompts(str(path), content.get("sft_prompt"), content.get("all_prompt"))

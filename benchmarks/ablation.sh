@@ -26,7 +26,7 @@ for seed in ${SEEDS:-42}; do
     out="ablation/$DATASET/${names[$i]#+}-$seed"
     SEED=42 OUTPUT_DIR="./ckpt/$out" RESULTS_DIR="./results/$out" FINETUNE_FLAGS="--seed $seed --tasks $all \
       --train_data_sample_num $number --train_prompt_sample_num $copy ${STEPS:+--max_steps $STEPS} \
-      --token_cache ./cache/tokens ${FINETUNE_FLAGS:-}" \
+      ${FINETUNE_FLAGS:-}" \
       bash run.sh finetune test
     rows+=("${names[$i]}=./results/$out/result.json")
   done

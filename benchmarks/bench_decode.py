@@ -32,15 +32,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from arguments import make_parser  # noqa: E402
-from collator import encode_prompts, pad  # noqa: E402
-from data import HistoryFormat, RecData, TestSet, load_data  # noqa: E402
-from data_process import base_model, from_recbole  # noqa: E402
-from data_process.fetch import fetch  # noqa: E402
-from decoding import ItemTrie, PrefixCache, beam_search, pack_linears  # noqa: E402
-from modeling import DTYPES, add_item_tokens, grow_vocabulary, item_token_ids, load_model, load_tokenizer  # noqa: E402
-from prompt import load_prompts  # noqa: E402
-from utils import run_main, set_seed, versions, write_json  # noqa: E402
+from arguments import make_parser
+from beam_rows import PrefixCache
+from collator import encode_prompts, pad
+from data import RecData, load_data
+from data_process import base_model, from_recbole
+from data_process.fetch import fetch
+from decoding import beam_search, pack_linears
+from modeling import DTYPES, add_item_tokens, grow_vocabulary, item_token_ids, load_model, load_tokenizer
+from prompt import load_prompts
+from samples import TestSet
+from tasks import HistoryFormat
+from trie import ItemTrie
+from utils import run_main, set_seed, versions, write_json
 
 OFFICE = Path(__file__).resolve().parents[2] / "shared/data/Office"
 

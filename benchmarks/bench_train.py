@@ -25,10 +25,10 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import finetune  # noqa: E402
-from utils import UserError, is_main, read_json, run_main, write_json  # noqa: E402
+import finetune
+from utils import UserError, is_main, read_json, run_main, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 LEARNING_RATES = {"tiny": "1e-3", "smollm2": "5e-5"}

@@ -25,9 +25,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from arguments import make_parser  # noqa: E402
-from decoding import ItemTrie, _advance, _Beams, _Finished  # noqa: E402
-from utils import run_main, versions  # noqa: E402
+from arguments import make_parser
+from decoding import _advance, _Beams, _Finished
+from trie import ItemTrie
+from utils import run_main, versions
 
 TEXT_TOKENS = 32_000  # LLaMA's vocabulary; the item tokens come after it
 EOS = 2

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from conftest import INDEX, INTERS, ITEMS, USERS, write_dataset
 
-from data import TASKS, HistoryFormat, TestSet, TrainSet, ValidSet, load_data
+from data import USER_PARTS, load_data
 from prompt import Prompts, Template, load_prompts
+from samples import TestSet, TrainSet, ValidSet
+from tasks import TASKS, HistoryFormat
 from utils import UserError
 
 FRAME = "{instruction}=>{response}"
@@ -71,7 +73,8 @@ def test_histories_are_cut_numbered_and_separated(toy):
     test = TestSet(data, "seqrec", form)
     assert test[3].slots["inters"] == f"1. {I0} | 2. {I2}"
     assert test[3].slots["inter_titles"] == '1. "Red Pen" | 2. "Notebook, A5"'
-    assert TestSet(data, "seqrec", HistoryFormat(max_his_len=-1))[3].history == [1, 3, 5, 0, 2]
+    for everything in (0, -1):  # as in the original
+        assert TestSet(data, "seqrec", HistoryFormat(max_his_len=everything))[3].history == [1, 3, 5, 0, 2]
 
 
 def test_item_tasks_take_every_item_and_leave_out_templates_without_text(toy):
@@ -106,7 +109,7 @@ def test_fusionseqrec_mixes_titles_and_indices(toy):
 
 
 def test_itemsearch_and_preferenceobtain_use_the_users_texts(toy):
-    data = load_data(str(toy), "Toy", need_users=True)
+    data = load_data(str(toy), "Toy", user_parts=USER_PARTS)
     templates = prompts(
         itemsearch=[("{inters}|{query}|{explicit_preference}", "{item}"), ("{query}", "{item}")],
         preferenceobtain=[("{inters}", "{explicit_preference}")],
@@ -131,7 +134,7 @@ def test_itemsearch_and_preferenceobtain_use_the_users_texts(toy):
 
 
 def test_draws_depend_on_seed_epoch_and_sample_alone(toy):
-    data = load_data(str(toy), "Toy", need_users=True)
+    data = load_data(str(toy), "Toy", user_parts=USER_PARTS)
     tasks = [(name, 1, 0) for name in TASKS]
     one = TrainSet(data, load_prompts(), tasks, HistoryFormat(), seed=1)
     two = TrainSet(data, load_prompts(), tasks, HistoryFormat(), seed=1)
@@ -229,7 +232,6 @@ def without(content, *path):
         ({"index": {**INDEX, "4": []}}, r"item '4' must have a list of tokens"),
         ({"index": {**INDEX, "6": ["<a_1>"]}}, r"has item '6', but the item file has 6 items"),
         ({"user": None}, r"Toy\.user\.json: no such file"),
-        ({"user": without(USERS, "user_vague_intention", "test", "1")}, r"'test' '1' is missing"),
         (
             {"user": without(USERS, "user_vague_intention", "train", "1", "querys")},
             r"'train' '1': 'querys' must be two",
@@ -238,14 +240,46 @@ def without(content, *path):
 )
 def test_broken_files_are_named_with_key_and_reason(tmp_path, changes, message):
     with pytest.raises(UserError, match=message) as caught:
-        load_data(str(write_dataset(tmp_path, **changes)), "Toy", need_users=True)
+        load_data(str(write_dataset(tmp_path, **changes)), "Toy", user_parts=USER_PARTS)
     assert "\n" not in str(caught.value)
+
+
+def test_gaps_of_a_generator_are_left_out_and_counted(tmp_path, capsys):
+    users = copy.deepcopy(USERS)
+    users["user_explicit_preference"]["0"] = ["", "User 0 likes pens."]
+    users["user_explicit_preference"]["1"] = [" "]
+    users["user_vague_intention"]["train"]["2"]["querys"][1] = "\t"
+    del users["user_vague_intention"]["test"]["3"]
+    data = load_data(str(write_dataset(tmp_path, user=users)), "Toy", user_parts=USER_PARTS)
+    assert data.users.preferences == {
+        "0": ["User 0 likes pens."],
+        **{user: USERS["user_explicit_preference"][user] for user in "23"},
+    }
+    assert {split: list(rows) for split, rows in data.users.intentions.items()} == {
+        "train": ["0", "3"],
+        "test": ["0", "2"],
+    }
+    said = capsys.readouterr().out
+    assert "user_explicit_preference: 1 of 4 users left out, the first '1' has no preference" in said
+    assert "user_vague_intention 'train': 1 of 3 users left out, the first '2' lacks a query" in said
+    train = TrainSet(data, load_prompts(), [("itemsearch", 1, 0), ("preferenceobtain", 1, 0)], HistoryFormat())
+    assert train.counts() == {"itemsearch": 2, "preferenceobtain": 3}
+    assert [TestSet(data, "itemsearch", HistoryFormat())[i].user for i in range(2)] == ["0", "2"]
+
+
+def test_a_part_that_no_task_needs_is_not_looked_at(tmp_path):
+    users = copy.deepcopy(USERS)
+    users["user_vague_intention"]["test"] = {"0": {"item": 99}}
+    data = load_data(str(write_dataset(tmp_path, user=users)), "Toy", user_parts={"preference", "train"})
+    assert list(data.users.intentions) == ["train"]
+    with pytest.raises(UserError, match=r"'test' '0': 'querys' must be two texts"):
+        load_data(str(write_dataset(tmp_path, user=users)), "Toy", user_parts={"preference", "test"})
 
 
 def test_an_empty_test_part_stops_only_what_needs_it(tmp_path):
     users = copy.deepcopy(USERS)
     users["user_vague_intention"]["test"] = {}
-    data = load_data(str(write_dataset(tmp_path, user=users)), "Toy", need_users=True)
+    data = load_data(str(write_dataset(tmp_path, user=users)), "Toy", user_parts=USER_PARTS)
     assert len(TrainSet(data, load_prompts(), [("itemsearch", 1, 0)], HistoryFormat())) == 4
     with pytest.raises(UserError, match=r"Toy\.user\.json: user_vague_intention has nothing in 'test'"):
         TestSet(data, "itemsearch", HistoryFormat())
@@ -261,7 +295,7 @@ def test_prefix_rows_equal_a_plain_loop():
 
     data = Data()
     data.inters = inters
-    assert TASKS["seqrec"].rows["train"](data).tolist() == expected
+    assert TASKS["seqrec"].splits["train"].rows(data).tolist() == expected
 
 
 def test_toy_inters_are_what_the_expectations_above_say():

@@ -18,8 +18,11 @@ from transformers import (
     Qwen3Config,
 )
 
+import beam_rows
 import decoding
-from decoding import ItemTrie, PrefixCache, beam_search
+from beam_rows import PrefixCache
+from decoding import beam_search
+from trie import ItemTrie
 
 VOCABULARY, EOS = 160, 2
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -209,16 +212,16 @@ def test_results_exist_are_unique_and_complete(kind, dtype, seed, levels, beams,
 @pytest.mark.parametrize("kind", ATTENTION)
 def test_these_models_share_the_prompts_row(kind):
     """The fast way is what the tests above have tested for these models, and not its fallback."""
-    assert decoding._session(build(kind), 40) is decoding._SharedRows
-    assert decoding._session(build(kind, torch.bfloat16), 40) is decoding._SharedRows
-    assert decoding._session(build(kind, attention="eager"), 40) is decoding._SharedRows
+    assert beam_rows.way_through(build(kind), 40) is beam_rows.SharedRows
+    assert beam_rows.way_through(build(kind, torch.bfloat16), 40) is beam_rows.SharedRows
+    assert beam_rows.way_through(build(kind, attention="eager"), 40) is beam_rows.SharedRows
 
 
 def test_models_that_cannot_share_a_row_are_found_out():
-    assert decoding._session(build("alibi"), 40) is decoding._ExpandedRows
-    assert decoding._session(build("state"), 40) is decoding._WholeRows
-    assert decoding._session(build("window"), 40) is decoding._ExpandedRows
-    assert decoding._session(build("window"), 24) is decoding._SharedRows
+    assert beam_rows.way_through(build("alibi"), 40) is beam_rows.ExpandedRows
+    assert beam_rows.way_through(build("state"), 40) is beam_rows.WholeRows
+    assert beam_rows.way_through(build("window"), 40) is beam_rows.ExpandedRows
+    assert beam_rows.way_through(build("window"), 24) is beam_rows.SharedRows
 
 
 @pytest.mark.parametrize("kind", [*CONFIGS])

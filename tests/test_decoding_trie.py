@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decoding import ItemTrie
+from trie import ItemTrie
 
 EOS = 0
 index = st.lists(st.integers(1, 6), min_size=1, max_size=6).map(tuple)

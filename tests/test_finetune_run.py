@@ -84,8 +84,10 @@ def evaluations(path: Path) -> dict[int, float]:
 
 def loss_of(model: torch.nn.Module, tokenizer: object, folder: Path) -> float:
     """The validation loss, sample by sample, without any of the training's code for it."""
-    from data import HistoryFormat, ValidSet, load_data
+    from data import load_data
     from prompt import load_prompts
+    from samples import ValidSet
+    from tasks import HistoryFormat
 
     data = load_data(str(folder / "data"), "Toy", ".index.json")
     valid = ValidSet(data, load_prompts(None), HistoryFormat(), 42, prompt_num=1)
@@ -105,8 +107,10 @@ def loss_of(model: torch.nn.Module, tokenizer: object, folder: Path) -> float:
 
 def ranking_of(model: torch.nn.Module, tokenizer: object, folder: Path) -> dict[str, float]:
     """HR and NDCG of all validation users."""
-    from data import HistoryFormat, ValidSet, load_data
+    from data import load_data
     from prompt import load_prompts
+    from samples import ValidSet
+    from tasks import HistoryFormat
     from training import Ranking
 
     data = load_data(str(folder / "data"), "Toy", ".index.json")
@@ -163,7 +167,7 @@ def test_two_processes_with_zero3_from_finetune_to_a_plain_model(world, zero3):
 
 @pytest.mark.slow
 def test_two_processes_without_deepspeed_have_the_losses_of_one(world):
-    flags = ["--deepspeed", "none", "--epochs", "1"]
+    flags = ["--deepspeed", "none", "--epochs", "1", "--loss_average", "token"]
     inside(command(world, *flags, out="one"))
     # packed: samples are dealt to the processes by length, within a step
     run(command(world, *flags, "--per_device_batch_size", "2", "--packing", processes=2, out="ddp"))
@@ -213,11 +217,9 @@ def test_kill_minus_nine_then_resume_equals_the_run_without_interruption(world, 
         victim.wait()
         assert f"step {step}/" in log.read_text()
         assert not (world / "cut" / "config.json").exists(), "it was killed too late"
-        assert list((world / "cut" / ".tokens").rglob("*.tokens"))
     inside(command(world, *THREE_EPOCHS, "--resume_from_checkpoint", "auto", out="cut"))
     text = capsys.readouterr().out
     assert "resuming from" in text and "checkpoint-16" in text
-    assert not (world / "cut" / ".tokens").exists()
     check_equal_runs(whole, world / "cut")
 
 
@@ -254,38 +256,6 @@ def test_a_save_that_is_killed_never_becomes_the_latest(world, whole, capsys):
     assert "checkpoint-24" in capsys.readouterr().out
     assert not list((world / "saves").glob(".*"))
     check_equal_runs(whole, world / "saves")
-
-
-@pytest.mark.slow
-def test_a_second_run_tokenises_nothing_and_trains_the_same(world, capsys):
-    flags = ["--deepspeed", "none", "--epochs", "1", "--packing", "--token_cache"]
-    curves = []
-    for out, cache in (("anew", "none"), ("first", str(world / "cache")), ("second", str(world / "cache"))):
-        inside(command(world, *flags, cache, out=out))
-        curves.append(losses(next((world / out).glob("checkpoint-*"))))
-        said = capsys.readouterr().out
-        assert ("tokens: 0 pieces of text tokenised" in said) == (out == "second") and ("tokens: " in said) == (
-            cache != "none"
-        )
-    assert curves[0] == curves[1] == curves[2] and len(curves[0]) == 8
-    assert len(list((world / "cache").rglob("*.tokens"))) == 1
-    assert not (world / "first" / ".tokens").exists()
-
-
-@pytest.mark.slow
-def test_a_tokenizer_that_does_not_work_by_pieces_trains_all_the_same(world, capsys, monkeypatch):
-    import token_store
-
-    def refuse(*_: object) -> None:
-        raise ValueError("a reason")
-
-    flags = ["--deepspeed", "none", "--max_steps", "3"]
-    inside(command(world, *flags, out="stored"))
-    monkeypatch.setattr(token_store.TokenStore, "check", refuse)
-    inside(command(world, *flags, out="refused"))
-    assert "note: texts are tokenised anew for every batch (a reason)" in capsys.readouterr().out
-    one, other = (load_file(world / out / "model.safetensors") for out in ("stored", "refused"))
-    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.mark.slow
@@ -459,7 +429,7 @@ def test_lora_from_finetune_to_a_model_that_scores_as_the_adapter_says(world, pr
 
 def check_adapter_and_merged_model_rank_alike(world: Path, adapter: Path) -> None:
     """test.py --lora and, after merge_lora.py, test.py."""
-    import scoring
+    import testing
     from convert import merge_lora
 
     merged = world / "merged"
@@ -473,7 +443,7 @@ def check_adapter_and_merged_model_rank_alike(world: Path, adapter: Path) -> Non
     ):
         flags += ["--data_path", str(world / "data"), "--dataset", "Toy", "--num_beams", "10", "--test_batch_size", "8"]
         target = world / f"result{len(results)}.json"
-        scoring.run(scoring.make_test_parser("").parse_args([*flags, "--results_file", str(target)]), single=True)
+        testing.test_checkpoint("", [*flags, "--results_file", str(target)], single=True)
         lines = (world / f"{target.stem}.predictions.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
         results.append((json.loads(target.read_text())["mean_results"], [row["items"] for row in rows]))

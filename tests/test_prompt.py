@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from prompt import TASK_SLOTS, Template, fill, load_prompts
+from prompt import Template, fill, load_prompts
+from tasks import TASKS
 from utils import UserError
 
 NUMBERS = {
@@ -105,7 +106,7 @@ def test_a_file_of_the_users_own(tmp_path, suffix, capsys):
                 "sft_prompt": "{instruction}{response}",
                 "all_prompt": {"seqrec": [{"instruction": "{titel}", "response": "{item}"}]},
             },
-            r"unknown slot \{titel\}; seqrec knows inters, item",
+            r"\{titel\} in the instruction is unknown; seqrec has inters there",
         ),
     ],
 )
@@ -116,5 +117,23 @@ def test_broken_prompt_files(tmp_path, content, message):
         load_prompts(str(path))
 
 
+@pytest.mark.parametrize(
+    ("task", "instruction", "response", "slot"),
+    [
+        ("seqrec", "{inters} {item}", "{item}", "item"),
+        ("fusionseqrec", "{inters} {title}", "{item}", "title"),
+        ("item2index", "{title} {item}", "{item}", "item"),
+        ("index2item", "{item} {title}", "{description}", "title"),
+        ("preferenceobtain", "{inters} {explicit_preference}", "{explicit_preference}", "explicit_preference"),
+    ],
+)
+def test_an_instruction_that_betrays_the_answer_is_refused(tmp_path, task, instruction, response, slot):
+    rows = {task: [{"instruction": instruction, "response": response}]}
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"sft_prompt": "{instruction}{response}", "all_prompt": rows}))
+    with pytest.raises(UserError, match=rf"{{{slot}}} in the instruction would betray the answer"):
+        load_prompts(str(path))
+
+
 def test_every_task_has_slots():
-    assert set(TASK_SLOTS) == set(NUMBERS)
+    assert set(TASKS) == set(NUMBERS)

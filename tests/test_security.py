@@ -201,28 +201,27 @@ def test_checkpoint_is_scanned_before_deepspeed_or_the_trainer_unpickles(checkpo
 
 @pytest.mark.parametrize("place", ["optimizer state", "training arguments", "random state"])
 def test_resuming_a_run(checkpoint, witness, place):
-    from finetune import find_resume
+    from resume import find_resume
 
-    (checkpoint / "trainer_state.json").write_text("{}")
-    args = argparse.Namespace(resume_from_checkpoint=str(checkpoint), lora=False)
-    assert find_resume(args, checkpoint.parent)[0] == checkpoint
+    state = {"global_step": 2, "best_global_step": None, "log_history": []}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    assert find_resume(str(checkpoint), False, checkpoint.parent)[0] == checkpoint
     write_bomb(checkpoint / SHARDS[place], witness)
     with pytest.raises(UserError, match="would run foreign code when loaded"):
-        find_resume(args, checkpoint.parent)
+        find_resume(str(checkpoint), False, checkpoint.parent)
 
 
 def test_going_on_from_an_adapter(tmp_path, witness):
-    from finetune import find_resume
     from modeling import load_adapter
+    from resume import find_resume
 
     write_adapter(tmp_path, witness)
-    args = argparse.Namespace(resume_from_checkpoint=str(tmp_path), lora=True)
     with pytest.raises(UserError, match="adapter_model.bin: would run foreign code when loaded"):
-        find_resume(args, tmp_path / "run")
+        find_resume(str(tmp_path), True, tmp_path / "run")
     with pytest.raises(UserError, match="carries code, which was not run"):
         load_adapter(None, tmp_path)
     torch.save({}, tmp_path / "adapter_model.bin")
-    assert find_resume(args, tmp_path / "run") == (None, tmp_path)
+    assert find_resume(str(tmp_path), True, tmp_path / "run") == (None, tmp_path)
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ import pytest
 from collator import adds_bos, encode_samples
 from data_process import base_model
 from modeling import add_item_tokens, load_tokenizer
-from token_store import TokenStore
 
 TOKENS = ["<a_1>", "<a_12>", "<b_3>"]
 PROMPT = "The red pen <a_1><b_3>, <a_12><b_3>. Next?\n\n### Response:"
@@ -66,12 +65,3 @@ def test_an_index_is_its_tokens_in_every_context(name, context, request):
     text = context.replace("{}", "".join(index))
     ids = [i for i in tokenizer(text)["input_ids"] if i in set(tokenizer.convert_tokens_to_ids(TOKENS))]
     assert tokenizer.convert_ids_to_tokens(ids) == index * context.count("{}")
-
-
-@pytest.mark.parametrize("name", ["llama", pytest.param("smollm2", marks=pytest.mark.slow)])
-def test_the_store_has_the_same_tokens(name, request, tmp_path):
-    tokenizer = request.getfixturevalue(name)
-    texts = [PROMPT, PROMPT + "<a_1><b_3>", PROMPT + "The red pen", "<a_1> The pen<b_3>\n\n", " <a_12>", *CORPUS[:2]]
-    store = TokenStore(tokenizer, tmp_path)
-    for _ in range(2):
-        store.check(tokenizer, texts)

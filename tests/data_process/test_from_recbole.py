@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from data import load_data
+from data import USER_PARTS, load_data
 from data_process import from_recbole, prepare, user_texts
 from data_process.fetch import fetch
 from utils import UserError
@@ -126,7 +126,7 @@ def test_movielens_from_the_wheel(tmp_path):
     folder = tmp_path / "ml-100k"
     items = json.loads((folder / "ml-100k.item.json").read_text())
     (folder / "ml-100k.index.json").write_text(json.dumps({item: [f"<a_{item}>"] for item in items}))
-    data = load_data(str(tmp_path), "ml-100k", need_users=True)
+    data = load_data(str(tmp_path), "ml-100k", user_parts=USER_PARTS)
     assert (len(data.inters), len(data.titles), sum(map(len, data.inters.values()))) == (943, 1682, 100_000)
     assert items["0"] == {
         "title": "Toy Story",
