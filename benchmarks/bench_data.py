@@ -80,7 +80,8 @@ def plain(reviews: Path, metadata: Path, folder: Path, dataset: str, k: int = 5)
             user, item = entry["reviewerID"], entry["asin"]
             if item not in items:
                 continue
-            row = (entry["unixReviewTime"], item, number, entry.get("reviewText", ""), entry.get("summary", ""))
+            texts = entry.get("reviewText", ""), entry.get("summary", "")
+            row = (entry["unixReviewTime"], item, number, *texts, entry["overall"])
             if item not in first[user] or row[:3] < first[user][item][:3]:
                 first[user][item] = row
     while True:
@@ -104,7 +105,16 @@ def plain(reviews: Path, metadata: Path, folder: Path, dataset: str, k: int = 5)
         json.dump(entries, file, ensure_ascii=False, indent=1)
     with open(f"{stem}.review.json", "w", encoding="utf-8") as file:
         for user, found in rows.items():  # a user a line: all texts twice would not fit
-            texts = {str(numbers[r[1]]): {"review": clean_text(r[3]), "summary": clean_text(r[4])} for r in found}
+            texts = [
+                {
+                    "item": numbers[item],
+                    "text": clean_text(text),
+                    "rating": rating,
+                    "time": when,
+                    "summary": clean_text(summary),
+                }
+                for when, item, _, text, summary, rating in found
+            ]
             file.write(f"{{\n {json.dumps(user)}: " if user == "0" else f",\n {json.dumps(user)}: ")
             json.dump(texts, file, ensure_ascii=False)
         file.write("\n}\n")

@@ -103,23 +103,29 @@ def item_entries(names: pl.Series, items: pl.LazyFrame) -> Iterator[tuple[str, s
 
 
 def review_entries(chosen: Chosen, interactions: pl.LazyFrame, place: Path) -> Iterator[tuple[str, str]]:
-    """Each user's number and `{"<item>": {"review": str, "summary": str}}` of the kept interactions, markup cleaned.
+    """Each user's number and `[{"item", "text", "rating", "time"}, …]` in the order of the history, with the summary if known.
 
     The staged rows come in the raw files' order. One pass sorts them into folders, a range of users each; then each folder
     is read and put in order by itself.
     """
     numbers = chosen.table.with_row_index("position")
     size = max(1, REVIEWS_AT_ONCE * len(chosen.users) // max(1, chosen.table.height))  # users in a folder
-    columns = [name for name in ("review", "summary") if name in interactions.collect_schema()]
+    columns = [name for name in ("review", "summary", "rating", "time") if name in interactions.collect_schema()]
     rows = interactions.select("order", *columns).join(numbers.lazy(), on="order")
     for count, frame in enumerate(rows.collect_batches()):
         for (bucket,), part in frame.group_by(pl.col("user") // size):
             (place / str(bucket)).mkdir(parents=True, exist_ok=True)
             part.write_parquet(place / str(bucket) / f"{count:06}.parquet")
-    entry = pl.format('"{}": {}', "item", pl.struct("review", "summary").struct.json_encode())
     for bucket in sorted(place.iterdir(), key=lambda folder: int(folder.name)):
         frame = pl.read_parquet(bucket / "*.parquet").sort("position")
-        texts = {name: cleaned(frame[name]) if name in columns else pl.lit("") for name in ("review", "summary")}
-        rows = frame.with_columns(**texts).select("user", entry.alias("entry"))
+        fields = {
+            "item": pl.col("item"),
+            "text": cleaned(frame["review"]),
+            "rating": pl.col("rating") if "rating" in columns else pl.lit(None, pl.Float64),
+            "time": pl.col("time").cast(pl.Int64),
+        }
+        if "summary" in columns:
+            fields["summary"] = cleaned(frame["summary"])
+        rows = frame.select("user", entry=pl.struct(**fields).struct.json_encode())
         for user, entries in rows.group_by("user", maintain_order=True).agg(pl.col("entry").str.join(", ")).iter_rows():
-            yield str(user), f"{{{entries}}}"
+            yield str(user), f"[{entries}]"

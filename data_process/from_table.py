@@ -36,22 +36,28 @@ def frames(paths: list[Path], columns: dict[str, str], texts: list[str], bad: Ba
             yield path, frame.select("line", **ours)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(__doc__)
+def add_item_flags(parser: argparse.ArgumentParser) -> None:
+    """The files of items and the names of their columns."""
     add = parser.add_argument
-    add("--interactions", required=True, nargs="+", metavar="FILE", help="files, folders or patterns")
     add("--items", required=True, nargs="+", metavar="FILE", help="files, folders or patterns")
-    add_flags(parser)
-    add("--user_column", default="user", help="column of the user's id")
-    add("--item_column", default="item", help="column of the item's id, in both tables")
-    add("--time_column", default="time", help="column of the time")
-    add("--rating_column", default="rating", help="column of the rating, for --min_rating")
+    add("--item_column", default="item", help="column of the item's id (in the interactions too)")
     add("--title_column", default="title", help="column of the item's title")
     add("--description_column", default="description", help="column of the item's description; '' for none")
     add("--text_columns", default="", help="columns, separated by commas, whose texts are joined to the description")
     add("--brand_column", default="", help="column of the brand, if there is one")
     add("--category_column", default="", help="column of the categories, separated by commas, if there is one")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(__doc__)
+    add = parser.add_argument
+    add("--interactions", required=True, nargs="+", metavar="FILE", help="files, folders or patterns")
+    add("--user_column", default="user", help="column of the user's id")
+    add("--time_column", default="time", help="column of the time")
+    add("--rating_column", default="rating", help="column of the rating, for --min_rating")
     add("--review_column", default="", help="column of the user's review text, if there is one")
+    add_item_flags(parser)
+    add_flags(parser)
     options = parser.parse_args(argv)
     bad = BadLines()
     event_files, item_files = (

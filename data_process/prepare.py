@@ -37,7 +37,7 @@ from provenance import record, record_path
 from utils import UserError, say
 
 SHORTEST = 3  # leave-one-out: one item to learn from, one to validate, one to test
-ID_TEXTS = ("title", "description", "brand", "categories")
+ITEM_TEXTS = ("title", "description", "brand", "categories")
 DATES = ("%F", "%F %T%.f", "%F %T%.f%z")
 
 Frames = Iterable[tuple[Path, pl.DataFrame]]
@@ -133,16 +133,16 @@ def moments(texts: pl.Series) -> pl.Series:
 
 
 def checked_interactions(frames: Frames, bad: BadLines, rated: bool) -> Iterator[pl.DataFrame]:
-    """user, item, time (float64), order (the running number of the row), rating if it matters, and what else there is."""
+    """user, item, time (float64), order (the running number of the row) and whatever else the frames have."""
     rows = 0
     for path, frame in frames:
         frame = frame.with_columns(pl.col("user", "item").str.strip_chars(), time=moments(frame["time"]))
         faults = _id_faults("user", "item")
         faults = faults.when(pl.col("time").is_null()).then(pl.lit("has no time that is a number or a date"))
-        if not rated:
-            frame = frame.drop("rating", strict=False)
-        else:
-            frame = frame.with_columns(pl.col("rating").str.strip_chars().cast(pl.Float64, strict=False))
+        if "rating" in frame.columns:
+            rating = pl.col("rating").str.strip_chars().cast(pl.Float64, strict=False)
+            frame = frame.with_columns(rating=pl.when(rating.is_finite()).then(rating))
+        if rated:
             faults = faults.when(pl.col("rating").is_null()).then(pl.lit("has no rating that is a number"))
         frame = _without_faults(path, frame, faults, bad)
         yield frame.drop("line").with_columns(order=pl.int_range(rows, rows + frame.height, dtype=pl.UInt32))
@@ -154,9 +154,9 @@ def checked_items(frames: Frames, bad: BadLines) -> Iterator[pl.DataFrame]:
     for path, frame in frames:
         frame = frame.with_columns(pl.col("item").str.strip_chars())
         frame = _without_faults(path, frame, _id_faults("item"), bad)
-        absent = [pl.lit(None, pl.String).alias(name) for name in ID_TEXTS if name not in frame.columns]
+        absent = [pl.lit(None, pl.String).alias(name) for name in ITEM_TEXTS if name not in frame.columns]
         frame = frame.with_columns(absent)
-        yield frame.select("item", *[cleaned(frame[name]).alias(name) for name in ID_TEXTS])
+        yield frame.select("item", *[cleaned(frame[name]).alias(name) for name in ITEM_TEXTS])
 
 
 def _id_faults(*names: str) -> pl.Expr:

@@ -70,7 +70,10 @@ def test_reviews_and_metadata_of_2018(tmp_path, capsys):
         "2": {"title": "Metroid", "description": "Dark Quiet", "brand": "", "categories": ""},
     }
     assert json.loads(files["review.json"]) == {
-        "0": {str(i): {"review": f"at {t}", "summary": ""} for i, t in ((0, 10), (2, 20), (1, 30))}
+        "0": [
+            {"item": i, "text": f"at {t}", "rating": 4.0, "time": t, "summary": ""}
+            for i, t in ((0, 10), (2, 20), (1, 30))
+        ]
     }
     assert files["user2id"] == "A\t0\n" and files["item2id"] == "B1\t0\nB2\t1\nB3\t2\n"
 
@@ -105,7 +108,8 @@ def test_reviews_and_ratings_of_2023(tmp_path, capsys):
         "categories": "",
     }
     assert json.loads(files["item.json"])["0"]["brand"] == "Nin"
-    assert json.loads(files["review.json"])["0"]["1"] == {"review": "x y", "summary": "T"}
+    review = {"item": 1, "text": "x y", "rating": 5.0, "time": 30_000, "summary": "T"}
+    assert json.loads(files["review.json"])["0"][2] == review
     ratings = [f"{u},{i},5.0,{t * 1000}" for u, i, t in EVENTS]
     ratings = pack(tmp_path / "Video_Games.csv.gz", ["user_id,parent_asin,rating,timestamp", *ratings])
     files = convert(tmp_path, ratings, metadata, "--overwrite")

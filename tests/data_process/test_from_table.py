@@ -69,7 +69,7 @@ def test_named_columns_and_joined_texts(tmp_path):
     assert [entries[i]["description"] for i in "012"] == ["Long a. red M", "blue M", "M"]
     assert entries["0"] | {"title": "A", "brand": "M", "categories": "k, l"} == entries["0"]
     reviews = json.loads((tmp_path / "out/Mine/Mine.review.json").read_text())
-    assert reviews["0"]["1"] == {"review": "good", "summary": ""}
+    assert reviews["0"][1] == {"item": 1, "text": "good", "rating": None, "time": 1714550400}
     with pytest.raises(UserError, match="1 rated 5 or better"):
         convert(tmp_path, *flags, "--min_rating", "5", "--rating_column", "stars")
 

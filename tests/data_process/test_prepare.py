@@ -341,8 +341,10 @@ def test_reviews_are_kept_by_user_and_item(tmp_path, monkeypatch):
         options=options("--data_path", str(tmp_path), "--dataset", "D", "--k_core", "1"),
     )
     found = json.loads((tmp_path / "D/D.review.json").read_text())
-    entry = {u: {str(i): {"review": f'{u} {n} " {i} " \\ é', "summary": ""} for i, n in enumerate("abc")} for u in "uv"}
-    assert found == {"0": entry["u"], "1": entry["v"]}
+    for user, name in enumerate("uv"):
+        assert found[str(user)] == [
+            {"item": i, "text": f'{name} {n} " {i} " \\ é', "rating": None, "time": i} for i, n in enumerate("abc")
+        ]
 
 
 def test_provenance_follows_the_inputs(tmp_path):
