@@ -2,9 +2,9 @@
 
     python data_process/add_items.py --items new.csv --data_path ./data --dataset Mine --new_dataset Mine2
 
-Preparing all data anew would number the items anew, and a trained model would no longer fit. Here histories and user texts stay as
-they are; what `--items` holds (any table of from_table.py, with its flags) is appended. What the dataset has already, by its raw
-name in `<D>.item2id`, is left out. Then embed the new dataset and extend the index: docs/your-data.md.
+Preparing all data anew would number the items anew, and a trained model would no longer fit. Here histories and user texts stay
+as they are; what `--items` holds (any table of from_table.py, with its flags) is appended. What the dataset has already, by its
+raw name in `<D>.item2id`, is left out. Then embed the new dataset and extend the index: docs/your-data.md.
 """
 
 from __future__ import annotations
