@@ -14,6 +14,9 @@ from urllib.parse import urlsplit
 from utils import UserError, say
 
 KEY = "OPENAI_API_KEY"
+ATTEMPT = (
+    "{attempt}"  # as a setting's value: 0, 1, …, so that a malformed answer does not come again from the same seed
+)
 SHORTEST_SECRET = 8  # keys such as "none", for endpoints that want no key, are words that an answer may have
 REFUSALS_AT_FIRST = 3  # so many refused questions and no answer: the fault lies in the settings, not in a question
 
@@ -74,8 +77,7 @@ class Endpoint:
     concurrency: int
     retries: int
     timeout: float
-    max_tokens: int
-    temperature: float
+    settings: dict[str, Any]  # of every question: temperature, max_tokens, …
     refused: int = 0
     answered: int = 0
 
@@ -141,10 +143,9 @@ class Endpoint:
         import openai
 
         messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
-        # an endpoint that answers from the seed alone must not give the malformed answer again
-        settings = {"temperature": self.temperature, "seed": attempt, "max_tokens": self.max_tokens}
+        settings = {name: attempt if value == ATTEMPT else value for name, value in self.settings.items()}
         try:
-            reply = await client.chat.completions.create(model=self.model, messages=messages, **settings)
+            reply = await client.chat.completions.create(model=self.model, messages=messages, extra_body=settings)
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
             self.refused += 1
             if not self.answered and self.refused >= REFUSALS_AT_FIRST:

@@ -34,7 +34,11 @@ def pick_device(name: str) -> str:
     if name.startswith("cuda") and not torch.cuda.is_available():
         say(f"no CUDA here: --device {name} becomes cpu")
         return "cpu"
-    return f"cuda:{local_rank()}" if name.startswith("cuda") and world_size() > 1 else name
+    if not name.startswith("cuda") or world_size() == 1:
+        return name
+    if local_rank() >= torch.cuda.device_count():
+        raise UserError(f"{torch.cuda.device_count()} GPUs here: start as many processes a node, or give --device cpu")
+    return f"cuda:{local_rank()}"
 
 
 def plan_of(args: argparse.Namespace, texts: ItemTexts, parts: Parts) -> dict[str, Any]:

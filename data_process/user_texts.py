@@ -14,6 +14,7 @@ there. A target's title never stands in its intention. `made_by` in the file say
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from arguments import make_parser
 from data import read_inters, read_items
-from data_process.answers import AnswerFile, Ask, Endpoint
+from data_process.answers import ATTEMPT, AnswerFile, Ask, Endpoint
 from data_process.local_model import LocalModel
 from data_process.rule_texts import preferences, queries
 from data_process.text_requests import (
@@ -160,10 +161,24 @@ def writer_of(options: argparse.Namespace) -> Endpoint | LocalModel:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         settings = (options.batch_size, options.max_tokens, options.temperature, options.seed)
         return LocalModel(options.local_model, *settings, device, options.dtype)
-    settings = (options.concurrency, options.retries, options.timeout, options.max_tokens, options.temperature)
-    endpoint = Endpoint(options.base_url, options.model, *settings)
+    settings = {"temperature": options.temperature, "max_tokens": options.max_tokens, "seed": ATTEMPT}
+    if options.settings:
+        settings = parse_settings(options.settings)
+    limits = (options.concurrency, options.retries, options.timeout)
+    endpoint = Endpoint(options.base_url, options.model, *limits, settings)
     endpoint.check()
     return endpoint
+
+
+def parse_settings(text: str) -> dict[str, Any]:
+    """`--settings`: a JSON object without what every question sets itself. Raises UserError."""
+    try:
+        settings = json.loads(text)
+    except json.JSONDecodeError:
+        settings = None
+    if not isinstance(settings, dict) or settings.keys() & {"model", "messages", "stream", "n"}:
+        raise UserError(f'--settings {text}: must be a JSON object such as {{"max_completion_tokens": 300}}')
+    return settings
 
 
 # ---- command line ----
@@ -186,6 +201,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--tries", type=int, default=3, help="times that a question with malformed answers is asked")
     group.add_argument("--max_tokens", type=int, default=200, help="of an answer")
     group.add_argument("--temperature", type=float, default=0.7, help="of sampling (local: from the second try on)")
+    of_endpoint = 'JSON object sent in place of temperature, max_tokens and seed: {"max_completion_tokens": 300}'
+    group.add_argument("--settings", help=of_endpoint)
     group.add_argument("--batch_size", type=int, default=8, help="questions answered at once (local)")
     dtypes = ("float32", "bfloat16", "float16")
     group.add_argument("--dtype", choices=dtypes, default="float32", help="of the weights (local)")

@@ -189,6 +189,18 @@ def test_the_second_answer_counts_and_has_another_seed(toy):
         assert len(server.calls) == 2 * CALLS
 
 
+def test_settings_for_models_that_want_others(toy):
+    with ChatServer() as server:
+        run(toy, server, "--settings", '{"max_completion_tokens": 9, "response_format": {"type": "json_object"}}')
+        assert server.calls[0].keys() == {"model", "messages", "max_completion_tokens", "response_format"}
+        for wrong in ("[]", "{", '{"model": "x"}'):
+            with pytest.raises(UserError, match="--settings"):
+                run(toy, server, "--settings", wrong)
+        run(toy, server, "--model", "m2", "--temperature", "0.1")
+    sent = {name: value for name, value in server.calls[-1].items() if name != "messages"}
+    assert sent == {"model": "m2", "temperature": 0.1, "max_tokens": 200, "seed": 0}
+
+
 def test_a_question_that_is_refused_is_left_to_the_rule(toy):
     def answer(call, body):
         return (400, {}) if "Glue" in body["messages"][-1]["content"] else "```json\n" + json.dumps(GOOD) + "\n```"
