@@ -2,10 +2,11 @@
 
     python benchmarks/bench_embed.py                      # Office if ../shared/data/Office is there, MiniLM, two processes
     python benchmarks/bench_embed.py --items 500 --rounds 3
+    python benchmarks/bench_embed.py --items 500 --threads 1 --processes 1     # then processor time is the clock to trust
     python benchmarks/bench_embed.py --data_path ./data --dataset ml-100k --model_path FOLDER --processes 1
 
-In turn in one call: (a) every field of every item alone through tokenizer and model, on all cores; (b) the command with
-`--processes` processes, which share the cores; (c) the same with --bf16. The time of (a) is that of the loop alone; (b) and
+In turn in one call: (a) every field of every item alone through tokenizer and model, with all threads; (b) the command with
+`--processes` processes, which share the threads; (c) the same with --bf16. The time of (a) is that of the loop alone; (b) and
 (c) are whole commands, with start, loading and writing. Printed: seconds, processor seconds, the ratios to (a), and how far
 the rows are from those of (a).
 """
@@ -35,13 +36,14 @@ ROOT = Path(__file__).resolve().parent.parent
 OFFICE = ROOT.parent / "shared" / "data"
 
 
-def single_texts(rows: list[list[str]], model_path: str) -> tuple[np.ndarray, float, float]:
+def single_texts(rows: list[list[str]], model_path: str, threads: int) -> tuple[np.ndarray, float, float]:
     """Each text alone, in float32: the items' rows, float32 (items, hidden); seconds and processor seconds of the loop."""
     import torch
     from transformers import AutoModel, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     model = AutoModel.from_pretrained(model_path, dtype=torch.float32, trust_remote_code=False).eval()
+    torch.set_num_threads(threads)
     limit = min(2048, model.config.max_position_embeddings)
     start, found = (time.perf_counter(), time.process_time()), []
     with torch.no_grad():
@@ -62,7 +64,7 @@ def command(folder: Path, options: argparse.Namespace, *flags: str) -> tuple[np.
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(options.processes)]
     words = [*(launcher if options.processes > 1 else []), str(ROOT / "data_process" / "embed.py"), "--dataset", "D"]
     words += ["--data_path", str(folder), "--model_path", options.model_path, "--output_file", str(target)]
-    env = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // options.processes))}
+    env = os.environ | {"OMP_NUM_THREADS": str(max(1, options.threads // options.processes))}
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     more = ["--device", "cpu", "--overwrite", "--batch_size", str(options.batch_size)]
     result = subprocess.run([sys.executable, *words, *more, *flags], env=env, capture_output=True, text=True)
@@ -87,6 +89,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model_path", help="folder of an encoder (default: MiniLM out of its wheel)")
     parser.add_argument("--items", type=int, default=0, help="so many, evenly spread over the catalogue; 0: all")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of all processes together")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument(
         "--rounds", type=int, default=1, help="how often all ways take their turn; medians are compared"
@@ -111,13 +114,15 @@ def main(argv: list[str] | None = None) -> None:
         folder = Path(temporary)
         write_json(folder / "D" / "D.item.json", {str(i): item for i, item in enumerate(items)}, indent=None)
         for _ in range(options.rounds):
-            single, *spent = single_texts(rows, options.model_path)
+            single, *spent = single_texts(rows, options.model_path, options.threads)
             ways["a"].append(tuple(spent))
             for way, flags in (("b", []), ("c", ["--bf16"])):
                 found, *spent = command(folder, options, *flags)
                 ways[way].append(tuple(spent))
                 differences[way] = compare(found, single)
-    print(f"{len(items):,} items, {sum(map(len, rows)):,} texts, {options.processes} processes, {os.cpu_count()} cores")
+    print(
+        f"{len(items):,} items, {sum(map(len, rows)):,} texts, {options.processes} processes, {options.threads} threads"
+    )
     names = {"a": "one text at a time", "b": "embed.py", "c": "embed.py --bf16"}
     base = [statistics.median(column) for column in zip(*ways["a"], strict=True)]
     for way, times in ways.items():

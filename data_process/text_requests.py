@@ -16,7 +16,7 @@ from utils import UserError, read_json
 KINDS = ("preference", "train", "test")
 HELD_OUT = {"preference": 3, "train": 3, "test": 1}  # items at the end that a text of this kind does not look at
 NEWEST = 20  # items of a history in a prompt
-LONGEST_TEXT, LONGEST_REVIEW, LONGEST_ANSWER = 300, 500, 400  # characters
+LONGEST_IN_HISTORY, LONGEST_OF_TARGET, LONGEST_ANSWER = 300, 500, 400  # characters
 SYSTEM = "You describe what shoppers want. You answer with one JSON object and nothing else."
 PREFERENCES = """These are the items that a user chose, the oldest first:
 {history}
@@ -115,7 +115,7 @@ def _item_line(item: dict, review: Review | None) -> str:
     kinds = ", ".join(categories_of(item)[:3])
     line += f" ({kinds})" if kinds else ""
     line += f", rated {review.rating:g}" if review and review.rating is not None else ""
-    return line + (f"; the user wrote: {review.text[:LONGEST_TEXT]}" if review and review.text else "")
+    return line + (f"; the user wrote: {review.text[:LONGEST_IN_HISTORY]}" if review and review.text else "")
 
 
 def _item_block(item: dict, review: Review | None) -> str:
@@ -123,9 +123,9 @@ def _item_block(item: dict, review: Review | None) -> str:
         "Title": clean_text(item["title"]),
         "Brand": brand_of(item),
         "Categories": ", ".join(categories_of(item)[:5]),
-        "Description": clean_text(str(item.get("description") or ""))[:LONGEST_REVIEW],
+        "Description": clean_text(str(item.get("description") or ""))[:LONGEST_OF_TARGET],
         "The user's rating": f"{review.rating:g}" if review and review.rating is not None else "",
-        "The user's review": review.text[:LONGEST_REVIEW] if review else "",
+        "The user's review": review.text[:LONGEST_OF_TARGET] if review else "",
     }
     return "\n".join(f"{name}: {fact}" for name, fact in facts.items() if fact)
 
@@ -150,7 +150,7 @@ def parse_answer(answer: str, kind: str, title: str) -> list[str] | None:
     texts = [clean_text(text).encode("utf-8", "replace").decode() for text in texts]
     if kind != "preference":
         texts = [without_title(text, title) for text in texts]
-    good = all(len(content_words(text)) > 1 and len(text) <= LONGEST_ANSWER and text != "…" for text in texts)
+    good = all(len(content_words(text)) > 1 and len(text) <= LONGEST_ANSWER for text in texts)
     return texts if good else None
 
 

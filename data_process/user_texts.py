@@ -109,7 +109,12 @@ def ask_all(requests: list[Request], sources: Sources, answers: AnswerFile, writ
 
 def estimate(requests: list[Request], sources: Sources, answers: AnswerFile, options: argparse.Namespace) -> None:
     """Print how many calls are to be made, their tokens and their price."""
-    unanswered = {request.key: request for request in requests if not parsed(request, sources, answers, options.tries)}
+    unanswered = {
+        request.key: request
+        for request in requests
+        if len(answers.answers.get(request.key, [])) < options.tries
+        and not parsed(request, sources, answers, options.tries)
+    }
     letters = sum(len(SYSTEM) + len(prompt_of(sources, r.user, r.kind)) for r in unanswered.values())
     tokens = letters // LETTERS_A_TOKEN
     usual, most = USUAL_ANSWER * len(unanswered), options.max_tokens * len(unanswered)
