@@ -1,8 +1,16 @@
-"""The command-line flags, one definition each, in groups that the scripts share. Names and defaults are the original's."""
+"""The command-line flags: one definition each, with its range and its role, in groups that the scripts share.
+
+Names and defaults are the original's. A value that is out of range is one line and exit status 2, like every other mistake.
+"""
 
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, NoReturn
 
 from tasks import TASKS
 from utils import UserError
@@ -10,198 +18,385 @@ from utils import UserError
 LORA_TARGETS = "q_proj,v_proj,k_proj,o_proj,gate_proj,down_proj,up_proj"
 
 
+class Role(Enum):
+    """What a flag means for a run that goes on and for a model that is tested.
+
+    RESULT: it changes what is found, so a run that goes on must have the same.
+    TRAINING: as RESULT in training; a test takes it and does nothing with it.
+    FREE: how a run goes, where things are, or a file that is compared by its content.
+    """
+
+    RESULT = "result"
+    TRAINING = "training"
+    FREE = "free"
+
+
+# ---- kinds of values ----
+
+
+def text(value: str) -> str:
+    """Any text that UTF-8 can write. Used as an argparse type, as all kinds below."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{value!r} is not valid UTF-8") from None
+    return value
+
+
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A kind: whole numbers from `low` to `high`."""
+
+    def kind(value: str) -> int:
+        try:
+            number = int(value) if len(value) <= 20 else None
+        except ValueError:
+            number = None
+        if number is None or number < low or (high is not None and number > high):
+            raise argparse.ArgumentTypeError(f"{value[:40]!r} is not {kind.__doc__}")
+        return number
+
+    kind.__doc__ = f"a whole number from {low}" + (f" to {high}" if high is not None else " on")
+    return kind
+
+
+def real(low: float, below: float = math.inf, above_low: bool = False) -> Callable[[str], float]:
+    """A kind: finite numbers from `low` (or above it) and smaller than `below`."""
+
+    def kind(value: str) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not low <= number < below or (above_low and number == low):
+            raise argparse.ArgumentTypeError(f"{value[:40]!r} is not {kind.__doc__}")
+        return number
+
+    end = "" if below == math.inf else f" and below {below:g}"
+    kind.__doc__ = f"a number {'above' if above_low else 'from'} {low:g}{end}" + ("" if above_low or end else " on")
+    return kind
+
+
+def batch_size(value: str) -> int | str:
+    """A kind: a positive number, or `auto`."""
+    if value == "auto":
+        return value
+    try:
+        return whole(1)(value)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{value!r} is neither a positive number nor auto") from None
+
+
+def steps_or_all(value: str) -> int:
+    """A kind: -1 for all, or a whole number from 1 on."""
+    number = whole(-1)(value)
+    if number == 0:
+        raise argparse.ArgumentTypeError("0 is nothing; -1 means all")
+    return number
+
+
+# ---- flags ----
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag.
+
+    Args:
+        kind: turns the text into a value and checks it; None: a switch (with `--no-…` where the default is on).
+    """
+
+    name: str
+    default: Any
+    help: str
+    kind: Callable[[str], Any] | None = text
+    role: Role = Role.RESULT
+    choices: tuple[str, ...] | None = None
+    metavar: str | None = None
+
+    def add_to(self, group: argparse._ActionsContainer) -> None:
+        """Define it on a parser or one of its groups."""
+        name = f"--{self.name}"
+        if self.kind is not None:
+            more: Any = {"type": self.kind, "choices": self.choices, "metavar": self.metavar}
+            group.add_argument(name, default=self.default, help=self.help, **more)
+        elif self.default:
+            group.add_argument(name, action=argparse.BooleanOptionalAction, default=True, help=self.help)
+        else:
+            group.add_argument(name, action="store_true", help=self.help)
+
+
+GLOBAL = (
+    Flag("seed", 42, "seed of every random choice", whole(0, 2**32 - 1)),
+    Flag("base_model", "./llama-7b/", "causal LM: a local folder or a hub id", role=Role.FREE),
+    Flag("output_dir", "./ckpt/", "where checkpoints and the final model go", role=Role.FREE),
+)
+DATASET = (
+    Flag("data_path", "", "folder that holds <dataset>/", role=Role.FREE),
+    Flag("dataset", "Games", "name of the dataset, and of its folder"),
+    Flag("index_file", ".index.json", "ending of the index file: <dataset><index_file>", role=Role.FREE),
+)
+# How a model is asked. It must be asked as it was trained, so these are saved beside its weights (prompt_style.py).
+PROMPT = (
+    Flag("max_his_len", 20, "items of history in a prompt; -1 or 0: all", whole(-1)),
+    Flag("add_prefix", False, 'number the items of a history: "1. …"', None),
+    Flag("his_sep", ", ", "text between the items of a history"),
+    Flag(
+        "no_eos",
+        False,
+        "no end-of-sequence token in training samples and in scores",
+        None,
+    ),
+    Flag(
+        "prompt_file",
+        None,
+        "templates from F: JSON, or Python (which is run) with sft_prompt and all_prompt; this repository's if absent",
+        role=Role.FREE,
+        metavar="F",
+    ),
+)
+MIXTURE = (
+    Flag("tasks", ",".join(TASKS), "training tasks, separated by commas", role=Role.TRAINING),
+    Flag("only_train_response", False, "loss on the response only, not the prompt", None, Role.TRAINING),
+    Flag(
+        "train_prompt_sample_num",
+        "1,1,1,1,1,1",
+        "per task: how often a sample occurs in an epoch, each time with another template",
+        role=Role.TRAINING,
+    ),
+    Flag(
+        "train_data_sample_num",
+        "0,0,0,100000,0,0",
+        "per task: draw so many samples, once and without replacement; 0: all",
+        role=Role.TRAINING,
+    ),
+    Flag(
+        "longest_history_only",
+        False,
+        "seqrec, fusionseqrec: train on each user's longest history alone, not on every prefix of it; with the loss on "
+        "the whole text every item of a history is still predicted, once an epoch",
+        None,
+        Role.TRAINING,
+    ),
+    Flag("valid_prompt_id", 0, "template of the validation (--no-sample_valid)", whole(0), Role.TRAINING),
+    Flag("sample_valid", True, "validate each user with randomly drawn templates", None, Role.TRAINING),
+    Flag("valid_prompt_sample_num", 2, "templates per user in the validation", whole(1), Role.TRAINING),
+)
+TRAIN = (
+    Flag(
+        "init_item_tokens",
+        None,
+        "item embeddings, (items, dim): a new token's row starts as the mean of its items'; drawn at random if absent",
+        role=Role.FREE,
+        metavar="NPY",
+    ),
+    Flag("optim", "adamw_torch", "a transformers optimiser name (adamw_torch, adamw_bnb_8bit, …)"),
+    Flag("epochs", 4, "passes over the training samples", real(0, above_low=True)),
+    Flag("learning_rate", 2e-5, "peak learning rate", real(0, above_low=True)),
+    Flag("per_device_batch_size", 8, "samples per process and step", whole(1)),
+    Flag("gradient_accumulation_steps", 2, "batches per optimiser step", whole(1)),
+    Flag(
+        "loss_average",
+        "batch",
+        "the loss of an optimiser step: batch, the original's, is the plain mean of each batch's mean over its own "
+        "labelled tokens; token is one mean over all labelled tokens of the step, in which long answers weigh more",
+        choices=("batch", "token"),
+    ),
+    Flag("logging_step", 10, "optimiser steps between two lines of the log", whole(1), Role.FREE),
+    Flag("model_max_length", 2048, "longer samples are cut, in tokens", whole(1)),
+    Flag(
+        "tokenisation",
+        "base",
+        "text around item tokens: base, as the base model's tokenizer cuts it today; 2023, as LLaMA's cut it then, with "
+        "which the paper's checkpoints were trained (a LLaMA base only); paper: 2023 for a LLaMA base, else base",
+        choices=("base", "2023", "paper"),
+    ),
+    Flag("weight_decay", 0.01, "decoupled weight decay of AdamW", real(0)),
+    Flag(
+        "resume_from_checkpoint",
+        None,
+        "go on from a checkpoint-N folder (auto: the newest one), or with --lora begin with an adapter's weights",
+        role=Role.FREE,
+        metavar="PATH",
+    ),
+    Flag("warmup_ratio", 0.01, "share of the steps in which the learning rate rises", real(0, below=1)),
+    Flag("lr_scheduler_type", "cosine", "a transformers schedule name"),
+    Flag("save_and_eval_strategy", "epoch", "when to evaluate and save", choices=("epoch", "steps")),
+    Flag("save_and_eval_steps", 1000, "optimiser steps between saves (strategy steps)", whole(1)),
+    Flag("fp16", False, "mixed precision in float16 (GPUs)", None),
+    Flag("bf16", False, "mixed precision in bfloat16", None),
+    Flag("deepspeed", "./config/ds_z3_bf16.json", "DeepSpeed configuration; none: plain DDP", role=Role.FREE),
+    Flag("gradient_checkpointing", True, "recompute activations", None, Role.FREE),
+    Flag("max_steps", -1, "stop after so many optimiser steps; -1: by --epochs", steps_or_all),
+    Flag("packing", False, "lay a batch's samples end to end instead of padding them: same loss, faster", None),
+    Flag("eval_ranking", 0, "rank all items for N validation users at each evaluation; 0: none", whole(0), metavar="N"),
+    Flag(
+        "eval_task_samples",
+        100,
+        "samples of each task but seqrec whose loss is logged at each evaluation; 0: none",
+        whole(0),
+        Role.FREE,
+        metavar="N",
+    ),
+    Flag("select_by", "loss", "what the best checkpoint is best in", choices=("loss", "hit@10", "ndcg@10")),
+    Flag("save_total_limit", 5, "newest checkpoints kept, and always the best one", whole(1), Role.FREE),
+    Flag("report_to", "tensorboard", "trackers by commas (tensorboard, wandb, …), or none", role=Role.FREE),
+    Flag("overwrite_output_dir", False, "replace the run that --output_dir holds", None, Role.FREE),
+)
+LORA = (
+    Flag("lora", False, "train an adapter instead of all weights", None),
+    Flag("lora_r", 8, "rank", whole(1)),
+    Flag("lora_alpha", 32, "scale: alpha / rank", whole(1)),
+    Flag("lora_dropout", 0.05, "dropout before the adapter", real(0, below=1)),
+    Flag("lora_target_modules", LORA_TARGETS, "modules with an adapter, by commas"),
+    Flag("lora_modules_to_save", "embed_tokens,lm_head", "modules trained whole, by commas"),
+    Flag(
+        "train_new_rows_only",
+        False,
+        "of embeddings and head train the item tokens' rows alone, instead of --lora_modules_to_save",
+        None,
+    ),
+    Flag("load_in_4bit", False, "QLoRA: base weights in 4 bits (bitsandbytes)", None),
+    Flag("load_in_8bit", False, "base weights in 8 bits (bitsandbytes)", None),
+)
+MODEL = (
+    Flag("ckpt_path", "", "checkpoint: a folder or a hub id; the adapter's with --lora", role=Role.FREE),
+    Flag("lora", False, "the checkpoint is a LoRA adapter of --base_model", None),
+    Flag("gpu_id", 0, "GPU of a single process", whole(0), Role.FREE),
+    Flag(
+        "dtype",
+        "auto",
+        "auto: bfloat16 on a GPU, float32 on the CPU",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    ),
+    Flag(
+        "allow_other_index",
+        False,
+        "go on although the index file gives items other indices than the model was trained with",
+        None,
+        Role.FREE,
+    ),
+)
+TEST = (
+    Flag("filter_items", False, "kept from the original; every result is an existing item anyway", None, Role.FREE),
+    Flag("results_file", "./results/test-ddp.json", "where metrics go; predictions go beside it", role=Role.FREE),
+    Flag("test_batch_size", 1, "users per batch (per process), or auto", batch_size, Role.FREE),
+    Flag("num_beams", 20, "beams, and ranked items per user", whole(1)),
+    Flag("sample_num", -1, "test so many users, drawn by the seed; -1: all", steps_or_all),
+    Flag("test_prompt_ids", "0", "template numbers by commas, or all", role=Role.FREE),
+    Flag("metrics", "hit@1,hit@5,hit@10,ndcg@5,ndcg@10", "hit@k and ndcg@k, by commas", role=Role.FREE),
+    Flag("test_task", "SeqRec", "SeqRec, ItemSearch or FusionSeqRec, in any case", role=Role.FREE),
+    Flag("restart", False, "throw away the predictions of an earlier, different or cut-off run", None, Role.FREE),
+)
+ALL = (*GLOBAL, *DATASET, *PROMPT, *MIXTURE, *TRAIN, *LORA, *MODEL, *TEST)
+
+
+def with_role(*roles: Role) -> frozenset[str]:
+    """The names of the flags that have one of `roles`."""
+    return frozenset(flag.name for flag in ALL if flag.role in roles)
+
+
+# ---- parsers ----
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows the module's docstring as written, and the default of every flag."""
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are a `UserError`: one line and status 2, as for every other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise `message`."""
+        raise UserError(f"{message.removeprefix('argument ')} (--help explains the flags)")
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser whose help starts with `description` (a script's docstring)."""
-    return argparse.ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    return Parser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+
+
+def add_flags(parser: argparse._ActionsContainer, title: str, flags: Iterable[Flag]) -> argparse._ActionsContainer:
+    """Add a group of flags under a title of its own; returns the group."""
+    group = parser.add_argument_group(title)
+    for flag in flags:
+        flag.add_to(group)
+    return group
 
 
 def add_global(parser: argparse.ArgumentParser) -> None:
     """Seed, base model, output folder."""
-    group = parser.add_argument_group("global")
-    group.add_argument("--seed", type=int, default=42, help="seed of every random choice")
-    group.add_argument("--base_model", default="./llama-7b/", help="causal LM: a local folder or a hub id")
-    group.add_argument("--output_dir", default="./ckpt/", help="where checkpoints and the final model go")
+    add_flags(parser, "global", GLOBAL)
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
-    """Dataset, index file, history format, tasks, prompt sampling."""
-    group = parser.add_argument_group("data")
-    add_dataset(group)
-    group.add_argument("--tasks", default=",".join(TASKS), help="training tasks, separated by commas")
-    group.add_argument("--max_his_len", type=int, default=20, help="items of history in a prompt; -1: all")
-    group.add_argument("--add_prefix", action="store_true", help='number the items of a history: "1. …"')
-    group.add_argument("--his_sep", default=", ", help="text between the items of a history")
-    group.add_argument(
-        "--no_eos",
-        action="store_true",
-        help="no end-of-sequence token in training samples and in scores: the same in training and test",
-    )
-    group.add_argument("--only_train_response", action="store_true", help="loss on the response only, not the prompt")
-    group.add_argument(
-        "--train_prompt_sample_num",
-        default="1,1,1,1,1,1",
-        help="per task: how often a sample occurs in an epoch, each time with another template",
-    )
-    group.add_argument(
-        "--train_data_sample_num",
-        default="0,0,0,100000,0,0",
-        help="per task: draw so many samples, once and without replacement; 0: all",
-    )
-    group.add_argument(
-        "--longest_history_only",
-        action="store_true",
-        help="seqrec, fusionseqrec: train on each user's longest history alone, not on every prefix of it; with the loss on "
-        "the whole text every item of a history is still predicted, once an epoch",
-    )
-    group.add_argument("--valid_prompt_id", type=int, default=0, help="template of the validation (--no-sample_valid)")
-    group.add_argument(
-        "--sample_valid",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="validate each user with randomly drawn templates",
-    )
-    group.add_argument("--valid_prompt_sample_num", type=int, default=2, help="templates per user in the validation")
-    add_prompt_file(group)
+    """Dataset, form of the prompts, training mixture."""
+    add_flags(parser, "data", DATASET)
+    add_flags(parser, "prompts (a trained model brings its own: prompt_style.json)", PROMPT)
+    add_flags(parser, "training mixture", MIXTURE)
 
 
 def add_dataset(group: argparse._ActionsContainer) -> None:
     """Where the dataset's files are."""
-    group.add_argument("--data_path", default="", help="folder that holds <dataset>/")
-    group.add_argument("--dataset", default="Games", help="name of the dataset, and of its folder")
-    group.add_argument("--index_file", default=".index.json", help="ending of the index file: <dataset><index_file>")
-
-
-def add_prompt_file(group: argparse._ActionsContainer) -> None:
-    """`--prompt_file`, alone."""
-    group.add_argument(
-        "--prompt_file",
-        metavar="F",
-        help="templates from F: JSON, or Python (which is run) with sft_prompt and all_prompt; this repository's if absent",
-    )
+    for flag in DATASET:
+        flag.add_to(group)
 
 
 def add_train(parser: argparse.ArgumentParser) -> None:
-    """Optimiser, schedule, LoRA, precision, DeepSpeed."""
-    group = parser.add_argument_group("training")
-    add = group.add_argument
-    add(
-        "--init_item_tokens",
-        metavar="NPY",
-        help="item embeddings, (items, dim): a new token's row starts as the mean of its items'; drawn at random if absent",
-    )
-    add("--optim", default="adamw_torch", help="a transformers optimiser name (adamw_torch, adamw_bnb_8bit, …)")
-    add("--epochs", type=float, default=4, help="passes over the training samples")
-    add("--learning_rate", type=float, default=2e-5, help="peak learning rate")
-    add("--per_device_batch_size", type=int, default=8, help="samples per process and step")
-    add("--gradient_accumulation_steps", type=int, default=2, help="batches per optimiser step")
-    add("--logging_step", type=int, default=10, help="optimiser steps between two lines of the log")
-    add("--model_max_length", type=int, default=2048, help="longer samples are cut, in tokens")
-    add("--weight_decay", type=float, default=0.01, help="decoupled weight decay of AdamW")
-    add(
-        "--resume_from_checkpoint",
-        metavar="PATH",
-        help="go on from a checkpoint-N folder (auto: the newest one), or with --lora begin with an adapter's weights",
-    )
-    add("--warmup_ratio", type=float, default=0.01, help="share of the steps in which the learning rate rises")
-    add("--lr_scheduler_type", default="cosine", help="a transformers schedule name")
-    add("--save_and_eval_strategy", default="epoch", choices=("epoch", "steps"), help="when to evaluate and save")
-    add("--save_and_eval_steps", type=int, default=1000, help="optimiser steps between saves (strategy steps)")
-    add("--fp16", action="store_true", help="mixed precision in float16")
-    add("--bf16", action="store_true", help="mixed precision in bfloat16")
-    add("--deepspeed", default="./config/ds_z3_bf16.json", help="DeepSpeed configuration; none: plain DDP")
-    add("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True, help="recompute activations")
-    add("--max_steps", type=int, default=-1, help="stop after so many optimiser steps; -1: by --epochs")
-    add(
-        "--packing",
-        action="store_true",
-        help="lay a batch's samples end to end instead of padding them: same loss, faster",
-    )
-    add(
-        "--eval_ranking",
-        type=int,
-        default=0,
-        metavar="N",
-        help="rank all items for N validation users at each evaluation",
-    )
-    add(
-        "--select_by", default="loss", choices=("loss", "hit@10", "ndcg@10"), help="what the best checkpoint is best in"
-    )
-    add("--save_total_limit", type=int, default=5, help="newest checkpoints kept, and always the best one")
-    add("--report_to", default="tensorboard", help="trackers by commas (tensorboard, wandb, …), or none")
-    lora = parser.add_argument_group("LoRA")
-    lora.add_argument("--lora", action="store_true", help="train an adapter instead of all weights")
-    lora.add_argument("--lora_r", type=int, default=8, help="rank")
-    lora.add_argument("--lora_alpha", type=int, default=32, help="scale: alpha / rank")
-    lora.add_argument("--lora_dropout", type=float, default=0.05, help="dropout before the adapter")
-    lora.add_argument("--lora_target_modules", default=LORA_TARGETS, help="modules with an adapter, by commas")
-    lora.add_argument("--lora_modules_to_save", default="embed_tokens,lm_head", help="modules trained whole, by commas")
-    lora.add_argument(
-        "--train_new_rows_only",
-        action="store_true",
-        help="of embeddings and head train the item tokens' rows alone, instead of --lora_modules_to_save",
-    )
-    lora.add_argument("--load_in_4bit", action="store_true", help="QLoRA: base weights in 4 bits (bitsandbytes)")
-    lora.add_argument("--load_in_8bit", action="store_true", help="base weights in 8 bits (bitsandbytes)")
+    """Optimiser, schedule, precision, DeepSpeed, LoRA."""
+    add_flags(parser, "training", TRAIN)
+    add_flags(parser, "LoRA", LORA)
 
 
 def add_test(parser: argparse.ArgumentParser) -> None:
-    """Checkpoint, prompts, beams, metrics, results."""
-    group = parser.add_argument_group("test")
-    add = group.add_argument
-    add("--ckpt_path", default="", help="checkpoint folder, or the adapter's with --lora")
-    add("--lora", action="store_true", help="the checkpoint is a LoRA adapter of --base_model")
-    add("--filter_items", action="store_true", help="kept from the original; every result is an existing item anyway")
-    add("--results_file", default="./results/test-ddp.json", help="where metrics go; predictions go beside it")
-    add("--test_batch_size", type=batch_size, default=1, help="users per batch (per process), or auto")
-    add("--num_beams", type=int, default=20, help="beams, and ranked items per user")
-    add("--sample_num", type=int, default=-1, help="test so many users, drawn by the seed; -1: all")
-    add("--gpu_id", type=int, default=0, help="GPU of a single process")
-    add("--test_prompt_ids", default="0", help="template numbers by commas, or all")
-    add("--metrics", default="hit@1,hit@5,hit@10,ndcg@5,ndcg@10", help="hit@k and ndcg@k, by commas")
-    add("--test_task", default="SeqRec", help="SeqRec, ItemSearch or FusionSeqRec, in any case")
-    add("--restart", action="store_true", help="throw away the predictions of an earlier, different or cut-off run")
+    """Checkpoint, beams, metrics, results."""
+    add_flags(parser, "model", MODEL)
+    add_flags(parser, "test", TEST)
 
 
-def batch_size(text: str) -> int | str:
-    """A positive number, or `auto`. Used as an argparse type."""
-    if text == "auto":
-        return text
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a positive number nor auto")
-    return int(text)
+def parse_given(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, frozenset[str]]:
+    """The arguments, and which of the `PROMPT` flags the user gave (the others have their defaults)."""
+    absent = object()
+    args = parser.parse_args(argv, argparse.Namespace(**{flag.name: absent for flag in PROMPT}))
+    given = frozenset(flag.name for flag in PROMPT if getattr(args, flag.name) is not absent)
+    for flag in PROMPT:
+        if flag.name not in given:
+            setattr(args, flag.name, flag.default)
+    return args, given
 
 
-def comma_list(text: str) -> list[str]:
+# ---- lists in flags ----
+
+
+def comma_list(value: str) -> list[str]:
     """The parts of a comma-separated text, without blanks."""
-    return [part.strip() for part in text.split(",") if part.strip()]
+    return [part.strip() for part in value.split(",") if part.strip()]
 
 
-def parse_tasks(args: argparse.Namespace) -> list[tuple[str, int, int]]:
-    """`(task, train_prompt_sample_num, train_data_sample_num)` for each task named by `args`.
+def parse_tasks(tasks: str, prompt_numbers: str, sample_numbers: str) -> list[tuple[str, int, int]]:
+    """`(task, copies an epoch, samples drawn or 0 for all)` for each task named.
+
+    Args:
+        tasks, prompt_numbers, sample_numbers: `--tasks`, `--train_prompt_sample_num`, `--train_data_sample_num`.
 
     Raises:
         UserError: an unknown or repeated task, lists of different lengths, or a number that is none.
     """
-    tasks = [task.lower() for task in comma_list(args.tasks)]
-    for task in tasks:
-        if task not in TASKS:
-            raise UserError(f"--tasks: unknown task {task!r}; known: {', '.join(TASKS)}")
-        if tasks.count(task) > 1:
-            raise UserError(f"--tasks: {task} is named twice")
-    if not tasks:
+    names = [task.lower() for task in comma_list(tasks)]
+    for name in names:
+        if name not in TASKS:
+            raise UserError(f"--tasks: unknown task {name!r}; known: {', '.join(TASKS)}")
+        if names.count(name) > 1:
+            raise UserError(f"--tasks: {name} is named twice")
+    if not names:
         raise UserError("--tasks names no task")
-    numbers = {}
-    for flag in ("train_prompt_sample_num", "train_data_sample_num"):
-        parts = comma_list(getattr(args, flag))
-        if len(parts) != len(tasks):
-            raise UserError(f"--{flag} has {len(parts)} numbers, but --tasks names {len(tasks)} tasks")
-        if not all(part.isdigit() for part in parts):
-            raise UserError(f"--{flag}: {getattr(args, flag)!r} is not a list of whole numbers from 0")
-        numbers[flag] = [int(part) for part in parts]
-    if 0 in numbers["train_prompt_sample_num"]:
+    numbers = []
+    for flag, value in (("train_prompt_sample_num", prompt_numbers), ("train_data_sample_num", sample_numbers)):
+        parts = comma_list(value)
+        if len(parts) != len(names):
+            raise UserError(f"--{flag} has {len(parts)} numbers, but --tasks names {len(names)} tasks")
+        if not all(part.isascii() and part.isdigit() and len(part) <= 18 for part in parts):
+            raise UserError(f"--{flag}: {value!r} is not a list of whole numbers from 0")
+        numbers.append([int(part) for part in parts])
+    if 0 in numbers[0]:
         raise UserError("--train_prompt_sample_num must be 1 or more; leave a task out with --tasks")
-    return list(zip(tasks, numbers["train_prompt_sample_num"], numbers["train_data_sample_num"], strict=True))
+    return list(zip(names, *numbers, strict=True))

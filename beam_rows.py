@@ -72,7 +72,7 @@ class SharedRows:
             prefix = PrefixCache(model, input_ids[0, -int(self.lengths[0]) :][:known])
         if known < SHORTEST_PREFIX:
             known = 0
-        self.cache = prefix.start(known, batch) if known else DynamicCache()
+        self.cache = prefix.start(known, batch) if prefix and known else DynamicCache()
         rest = columns - known  # the prompts without their common beginning
         mask = torch.arange(rest, device=mask.device) >= rest - (self.lengths - known)[:, None]
         positions = known + (mask.cumsum(1) - 1).clamp(min=0)
@@ -167,7 +167,7 @@ def _forward(
 _signatures: dict[type, frozenset[str]] = {}
 
 
-def _parameters(kind: type) -> frozenset[str]:
+def _parameters(kind: type[PreTrainedModel]) -> frozenset[str]:
     """The names of the parameters that a model class's `forward` takes."""
     if kind not in _signatures:
         _signatures[kind] = frozenset(inspect.signature(kind.forward).parameters)

@@ -1,9 +1,12 @@
-"""The dataset's files in `<data_path>/<dataset>/` (docs/formats.md), read and checked once: what comes out is plain data."""
+"""The dataset's files in `<data_path>/<dataset>/` (docs/formats.md), read and checked once: what comes out is plain data.
+
+python data.py --check --data_path ./data --dataset Games      # a summary, and every fault (data_check.py)
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -120,7 +123,7 @@ def load_data(
     if user_parts:
         files["user"] = folder / f"{dataset}.user.json"
     titles, descriptions = read_items(files["item"])
-    indices = _read_indices(files["index"], len(titles))
+    indices = check_index(files["index"], read_json(files["index"]), len(titles))
     inters = read_inters(files["inter"], len(titles))
     users = read_users(files["user"], inters, len(titles), user_parts) if user_parts else None
     data = RecData(dataset, folder, inters, titles, descriptions, indices, users, files)
@@ -132,76 +135,121 @@ def load_data(
     return data
 
 
+def refuse(message: str) -> None:
+    """What is done about a fault by default: raise it. `data_check.py` collects them instead."""
+    raise UserError(message)
+
+
+Fault = Callable[[str], None]
+
+
 def _object(path: Path, content: Any, key: str = "") -> dict:
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path}:{f' {key!r}' if key else ''} must be an object that is not empty")
     return content
 
 
-def read_items(path: Path) -> tuple[list[str], list[str]]:
-    """Titles and descriptions by item id, stripped. Raises UserError with file and key."""
+def read_items(path: Path, fault: Fault = refuse) -> tuple[list[str], list[str]]:
+    """Titles and descriptions by item id, stripped.
+
+    Args:
+        fault: called with what is wrong, file and key; where it returns, the item's texts are "".
+
+    Raises:
+        UserError: by default at the first fault.
+    """
     content = _object(path, read_json(path))
     titles, descriptions = [], []
     for number in range(len(content)):
         entry = content.get(str(number))
+        texts = ["", ""]
         if not isinstance(entry, dict):
-            raise UserError(f"{path}: has no item {str(number)!r}; the {len(content)} keys must count from 0")
-        texts = [entry.get("title"), entry.get("description", "")]
-        for name, text in zip(("title", "description"), texts, strict=True):
-            if not isinstance(text, str):
-                raise UserError(f"{path}: item {str(number)!r} has no text in {name!r}")
-        if not any(text.strip() for text in texts):
-            raise UserError(f"{path}: item {str(number)!r} has neither a title nor a description")
+            fault(f"{path}: has no item {str(number)!r}; the {len(content)} keys must count from 0")
+        else:
+            texts = _item_texts(f"{path}: item {str(number)!r}", entry, fault)
         titles.append(clean_title(texts[0]))
         descriptions.append(texts[1].strip())
     return titles, descriptions
 
 
-def _read_indices(path: Path, n_items: int) -> list[tuple[str, ...]]:
-    content = _object(path, read_json(path))
+def _item_texts(where: str, entry: dict, fault: Fault) -> list[str]:
+    texts = [entry.get("title"), entry.get("description", "")]
+    for place, name in enumerate(("title", "description")):
+        if not isinstance(texts[place], str):
+            fault(f"{where} has no text in {name!r}")
+            return ["", ""]
+    if not any(text.strip() for text in texts):
+        fault(f"{where} has neither a title nor a description")
+    return texts
+
+
+def check_index(path: Path, content: Any, n_items: int, fault: Fault = refuse) -> list[tuple[str, ...]]:
+    """The item tokens of the items 0 to `n_items` - 1 from the content of the index file `path`.
+
+    Args:
+        fault: as in `read_items`; an item without an index has ().
+    """
+    content = _object(path, content)
     indices = []
     for number in range(n_items):
-        tokens = content.get(str(number))
+        tokens, where = content.get(str(number)), f"{path}: item {str(number)!r}"
         if tokens is None:
-            raise UserError(f"{path}: item {str(number)!r} has no index, but it is in the item file")
-        if not isinstance(tokens, list) or not tokens:
-            raise UserError(f"{path}: item {str(number)!r} must have a list of tokens")
-        for token in tokens:
-            if not isinstance(token, str) or not ITEM_TOKEN.fullmatch(token):
-                raise UserError(f"{path}: item {str(number)!r} has {token!r}, which is not a token such as <a_12>")
-        indices.append(tuple(tokens))
-    if len(content) != n_items:
-        extra = next(key for key in content if not (key.isdigit() and int(key) < n_items))
-        raise UserError(f"{path}: has item {extra!r}, but the item file has {n_items} items, counted from 0")
+            fault(f"{where} has no index, but it is in the item file")
+        elif not isinstance(tokens, list) or not tokens:
+            fault(f"{where} must have a list of tokens")
+        elif wrong := [each for each in tokens if not (isinstance(each, str) and ITEM_TOKEN.fullmatch(each))]:
+            fault(f"{where} has {wrong[0]!r}, which is not a token such as <a_12>")
+        else:
+            indices.append(tuple(tokens))
+            continue
+        indices.append(())
+    for extra in content.keys() - {str(number) for number in range(n_items)}:
+        fault(f"{path}: has item {extra!r}, but the item file has {n_items} items, counted from 0")
     return indices
 
 
-def _check_item_ids(where: str, items: Any, n_items: int) -> list[int]:
+def _check_item_ids(where: str, items: Any, n_items: int, fault: Fault = refuse) -> list[int]:
     if not isinstance(items, list):
-        raise UserError(f"{where} must be a list of items")
+        fault(f"{where} must be a list of items")
+        return []
     for item in items:
-        if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item < n_items:
-            raise UserError(f"{where}: {item!r} is not an item; items are whole numbers from 0 to {n_items - 1}")
+        if type(item) is not int or not 0 <= item < n_items:
+            fault(f"{where}: {item!r:.40} is not an item; items are whole numbers from 0 to {n_items - 1}")
+            return []
     return items
 
 
-def read_inters(path: Path, n_items: int) -> dict[str, list[int]]:
-    """Every user's items, oldest first. Raises UserError with file and key."""
+def read_inters(path: Path, n_items: int, fault: Fault = refuse) -> dict[str, list[int]]:
+    """Every user's items, oldest first.
+
+    Args:
+        fault: as in `read_items`; a user with a fault is left out.
+    """
     content = _object(path, read_json(path))
+    found = {}
     for user, items in content.items():
-        _check_item_ids(f"{path}: user {user!r}", items, n_items)
-        if len(items) < 3:
-            raise UserError(f"{path}: user {user!r} has {len(items)} interactions; leave-one-out needs 3 or more")
-    return content
+        checked = _check_item_ids(f"{path}: user {user!r}", items, n_items, fault)
+        if len(checked) >= 3:
+            found[user] = checked
+        elif checked == items:
+            fault(f"{path}: user {user!r} has {len(items)} interactions; leave-one-out needs 3 or more")
+    return found
 
 
 def read_users(
-    path: Path, inters: dict[str, list[int]], n_items: int, parts: Collection[str] = USER_PARTS
+    path: Path,
+    inters: dict[str, list[int]],
+    n_items: int,
+    parts: Collection[str] = USER_PARTS,
+    fault: Fault = refuse,
 ) -> UserTexts:
     """Those `parts` of the file that are asked for: preferences and intentions.
 
     Generators leave gaps: blank texts, users without an intention, an empty split. What lacks its text is left out and
     counted in a warning; what is wrong (types, unknown users or items) is refused.
+
+    Args:
+        fault: as in `read_items`; what has a fault is left out.
 
     Raises:
         UserError: with file and key.
@@ -211,10 +259,11 @@ def read_users(
     for user, texts in _object(path, content.get("user_explicit_preference"), "user_explicit_preference").items():
         where = f"{path}: user_explicit_preference {user!r}"
         if user not in inters:
-            raise UserError(f"{where} is not a user of the interaction file")
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise UserError(f"{where} must be a list of texts")
-        preferences[user] = [text for text in texts if text.strip()]
+            fault(f"{where} is not a user of the interaction file")
+        elif not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            fault(f"{where} must be a list of texts")
+        else:
+            preferences[user] = [text for text in texts if text.strip()]
     blank = [user for user, texts in preferences.items() if not texts]
     _warn_left_out(path, "user_explicit_preference", "has no preference", blank, len(preferences))
     preferences = {user: texts for user, texts in preferences.items() if texts}
@@ -223,7 +272,7 @@ def read_users(
         raise UserError(f"{path}: 'user_vague_intention' must be an object")
     wanted = [split for split in ("train", "test") if split in parts]
     intentions = {
-        split: _read_intentions(path, split, splits.get(split) or {}, preferences, n_items) for split in wanted
+        split: _read_intentions(path, split, splits.get(split) or {}, preferences, n_items, fault) for split in wanted
     }
     return UserTexts(preferences, intentions)
 
@@ -233,7 +282,9 @@ def _warn_left_out(path: Path, part: str, why: str, users: list[str], total: int
         say(f"warning: {path}: {part}: {len(users)} of {total} users left out, the first {users[0]!r} {why}")
 
 
-def _read_intentions(path: Path, split: str, rows: Any, users: dict, n_items: int) -> dict[str, Intention]:
+def _read_intentions(
+    path: Path, split: str, rows: Any, users: dict, n_items: int, fault: Fault
+) -> dict[str, Intention]:
     part = f"user_vague_intention {split!r}"
     if not isinstance(rows, dict):
         raise UserError(f"{path}: {part} must be an object")
@@ -246,12 +297,20 @@ def _read_intentions(path: Path, split: str, rows: Any, users: dict, n_items: in
             continue
         queries = row.get("querys") if isinstance(row, dict) else None
         if not isinstance(queries, list) or len(queries) != 2 or not all(isinstance(q, str) for q in queries):
-            raise UserError(f"{where}: 'querys' must be two texts")
-        item = _check_item_ids(f"{where}: 'item'", [row.get("item")], n_items)[0]
-        history = _check_item_ids(f"{where}: 'inters'", row.get("inters"), n_items)
-        if all(query.strip() for query in queries):
-            intentions[user] = Intention(item, history, tuple(queries))
-        else:
+            fault(f"{where}: 'querys' must be two texts")
+            continue
+        item = _check_item_ids(f"{where}: 'item'", [row.get("item")], n_items, fault)
+        history = _check_item_ids(f"{where}: 'inters'", row.get("inters"), n_items, fault)
+        if not all(query.strip() for query in queries):
             missing.append(user)
+        elif item and history == row.get("inters"):
+            intentions[user] = Intention(item[0], history, tuple(queries))
     _warn_left_out(path, part, "lacks a query", missing, len(users))
     return intentions
+
+
+if __name__ == "__main__":
+    from data_check import main
+    from utils import run_main
+
+    run_main(main)

@@ -14,13 +14,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
-import io
 import json
 import logging
 import os
-import shutil
-import socket
 import sys
 import warnings
 from collections.abc import Callable
@@ -34,41 +30,18 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 import torch
 
 from arguments import add_data, add_global, add_train, comma_list, make_parser, parse_tasks
-from collator import TrainCollator
+from collator import IGNORE, TrainCollator
 from data import RecData, load_data
-from prompt import load_prompts
+from processes import join_for_training, on_main
+from prompt_style import PromptStyle
+from resume import find_resume
+from run_folder import FINAL, LOG, PREPARED, RECORD, TENSORBOARD, RunFolder, RunRecord, model_fingerprint
 from samples import TaskValidSet, TrainSet, ValidSet
-from tasks import TASKS, HistoryFormat
-from utils import (
-    UserError,
-    is_main,
-    local_rank,
-    read_json,
-    run_main,
-    say,
-    set_seed,
-    sha256,
-    versions,
-    world_size,
-    write_json,
-)
+from tasks import TASKS
+from utils import UserError, is_main, read_json, run_main, say, set_seed, sha256, versions, world_size
 
-# flags that may differ when a run goes on; all others are its identity
-FREE_ON_RESUME = {
-    *(
-        "resume_from_checkpoint",
-        "overwrite_output_dir",
-        "output_dir",
-        "data_path",
-        "base_model",
-        "deepspeed",
-        "prompt_file",
-        "init_item_tokens",
-    ),
-    *("logging_step", "report_to", "save_total_limit", "gradient_checkpointing", "eval_task_samples"),
-}
 OWN_TENSORBOARD_DIR = "TENSORBOARD_LOGGING_DIR" in os.environ  # else each run of this process gets its own below
-PREPARED = "base_with_item_tokens"  # folder in output_dir, removed at the end
+CHECKED = 64  # samples of each task whose length is looked at
 
 
 def quiet() -> None:
@@ -89,23 +62,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     for add in (add_global, add_data, add_train):
         add(parser)
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="replace the run that --output_dir holds")
-    parser.add_argument(
-        "--eval_task_samples",
-        type=int,
-        default=100,
-        metavar="N",
-        help="samples of each task but seqrec whose loss is logged at each evaluation; 0: none",
-    )
     args = parser.parse_args(argv)
-    parse_tasks(args)
+    training_tasks(args)
     if args.fp16 and args.bf16:
         raise UserError("--fp16 and --bf16 exclude each other")
     if args.fp16 and not torch.cuda.is_available():
         raise UserError("--fp16 needs a GPU; use --bf16 or neither on the CPU")
-    for flag in ("per_device_batch_size", "gradient_accumulation_steps", "epochs", "logging_step"):
-        if getattr(args, flag) <= 0:
-            raise UserError(f"--{flag} {getattr(args, flag)}: must be above 0")
     quiet()
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
@@ -140,94 +102,26 @@ def zero_stage(deepspeed: str | None) -> int:
     return zero.get("stage", 0) if isinstance(zero, dict) else 0
 
 
-def start_processes(args: argparse.Namespace) -> None:
-    """Join the process group: nccl on GPUs, gloo on the CPU; one process alone plays a group of one for DeepSpeed."""
-    cpu = not torch.cuda.is_available()
-    if cpu:
-        say("note: no CUDA device; running on the CPU")
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if args.deepspeed:
-        if "RANK" not in os.environ:
-            with socket.socket() as server:  # any free port: several runs may share a machine
-                server.bind(("127.0.0.1", 0))
-                port = str(server.getsockname()[1])
-            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.environ.update(alone)
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it builds
-            import deepspeed
-
-            if cpu:
-                # an all-reduce in C++, compiled on the first run: ZeRO has no use for it, it needs a compiler, and a process
-                # that is killed while it compiles leaves a lock on which every later run waits for ever
-                deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-            # before TrainingArguments: zero.Init would otherwise see a single process on a machine without CUDA
-            deepspeed.init_distributed(dist_backend="gloo" if cpu else "nccl", verbose=False)
-    elif world_size() > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo" if cpu else "nccl")
-    if not cpu:
-        if local_rank() >= torch.cuda.device_count():
-            raise UserError(
-                f"{local_rank() + 1} processes on this machine, but {torch.cuda.device_count()} GPUs: one GPU each"
-            )
-        torch.cuda.set_device(local_rank())
+def training_tasks(args: argparse.Namespace) -> list[tuple[str, int, int]]:
+    """The mixture that the flags name: `(task, copies an epoch, samples drawn or 0 for all)`."""
+    return parse_tasks(args.tasks, args.train_prompt_sample_num, args.train_data_sample_num)
 
 
-def load_datasets(args: argparse.Namespace) -> tuple[RecData, TrainSet, ValidSet]:
+def load_datasets(args: argparse.Namespace, style: PromptStyle) -> tuple[RecData, TrainSet, ValidSet]:
     """The checked data, the mixture of training tasks and the validation set (seqrec)."""
-    tasks = parse_tasks(args)
+    tasks = training_tasks(args)
     user_parts = frozenset().union(*(TASKS[name].splits["train"].user_parts for name, _, _ in tasks))
     data = load_data(args.data_path, args.dataset, args.index_file, user_parts)
-    prompts = load_prompts(args.prompt_file)
-    form = HistoryFormat(args.max_his_len, args.add_prefix, args.his_sep)
-    train = TrainSet(data, prompts, tasks, form, args.seed, longest_history_only=args.longest_history_only)
+    train = TrainSet(data, style.prompts, tasks, style.form, args.seed, longest_history_only=args.longest_history_only)
     valid = ValidSet(
         data,
-        prompts,
-        form,
+        style.prompts,
+        style.form,
         args.seed,
         prompt_num=args.valid_prompt_sample_num,
         prompt_id=None if args.sample_valid else args.valid_prompt_id,
     )
     return data, train, valid
-
-
-def check_output(args: argparse.Namespace, folder: Path) -> None:
-    """Refuse to overwrite another run. Raises UserError."""
-    if args.resume_from_checkpoint or not folder.is_dir():
-        return
-    there = [name for name in ("config.json", "adapter_config.json") if (folder / name).exists()]
-    there += [path.name for path in folder.glob("checkpoint-*")]
-    if not there:
-        return
-    if not args.overwrite_output_dir:
-        raise UserError(
-            f"{folder} holds a run already ({there[0]}); go on with --resume_from_checkpoint auto, "
-            "replace it with --overwrite_output_dir, or choose another --output_dir"
-        )
-
-
-def remove_run(folder: Path) -> None:
-    """Remove what a run of this script and the conversion of its checkpoints write, and nothing else."""
-    names = (
-        "checkpoint-*",
-        "final-checkpoint-*",
-        "runs",
-        "run.json",
-        "train.log",
-        "*.safetensors",
-        "*.safetensors.index.json",
-    )
-    names += ("config.json", "generation_config.json", "adapter_config.json", "README.md", "training_args.bin")
-    names += (
-        "tokenizer*",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "merges.txt",
-        "chat_template.jinja",
-    )
-    for path in {path for name in names for path in folder.glob(name)}:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def deepspeed_config(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -259,7 +153,7 @@ def training_arguments(args: argparse.Namespace) -> Any:
     from transformers import TrainingArguments
 
     if not OWN_TENSORBOARD_DIR:
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(args.output_dir) / "runs")
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(args.output_dir) / TENSORBOARD)
     training = TrainingArguments(
         output_dir=args.output_dir,
         seed=args.seed,
@@ -304,7 +198,7 @@ def load_trainable(
     args: argparse.Namespace, folder: Path, training: Any, item_tokens: list[str], adapter: Path | None = None
 ) -> tuple[Any, Any]:
     """The model in float32 with the item tokens, as a whole or with an adapter (from `adapter`), and its tokenizer."""
-    from modeling import attach_lora, load_adapter, load_model, load_tokenizer
+    from modeling import LoraShape, attach_lora, load_adapter, load_model, load_tokenizer
 
     tokenizer = load_tokenizer(folder, args.model_max_length)
     more: dict[str, Any] = {}
@@ -332,127 +226,36 @@ def load_trainable(
         elif args.gradient_checkpointing:
             model.enable_input_require_grads()
         zero3 = bool(args.deepspeed) and training.hf_deepspeed_config.is_zero3()
-        new = tokenizer.convert_tokens_to_ids(item_tokens) if args.train_new_rows_only else None
-        model = attach_lora(model, args, zero3_bf16=zero3 and args.bf16, new_rows=new)
+        shape = LoraShape(
+            args.lora_r,
+            args.lora_alpha,
+            args.lora_dropout,
+            comma_list(args.lora_target_modules),
+            comma_list(args.lora_modules_to_save),
+            tokenizer.convert_tokens_to_ids(item_tokens) if args.train_new_rows_only else None,
+        )
+        model = attach_lora(model, shape, zero3_bf16=zero3 and args.bf16)
         model.peft_config["default"].base_model_name_or_path = args.base_model  # what test.py --lora is given
         if adapter is not None:
             load_adapter(model, adapter)
     return model, tokenizer
 
 
-def fingerprint(base_model: str) -> str:
-    """What tells one local base model from another: the hash of its configuration and its weights' names and sizes."""
-    folder = Path(base_model)
-    if not folder.is_dir():
-        return base_model
-    weights = sorted(
-        (p.name, p.stat().st_size) for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".gguf")
-    )
-    config = sha256(folder / "config.json") if (folder / "config.json").is_file() else ""
-    return hashlib.sha256(f"{config}{weights}".encode()).hexdigest()
-
-
-def record(args: argparse.Namespace, data: RecData, train: TrainSet, valid: ValidSet) -> dict[str, Any]:
-    """What the run is made of, for `run.json`."""
+def describe_run(args: argparse.Namespace, data: RecData, train: TrainSet, valid: ValidSet) -> RunRecord:
+    """What the run is made of."""
     files = dict(data.files)
     for flag in ("prompt_file", "deepspeed", "init_item_tokens"):
         if getattr(args, flag):
             files[flag] = Path(getattr(args, flag))
-    return {
-        "arguments": vars(args),
-        "processes": world_size(),
-        "base_model": fingerprint(args.base_model),
-        "samples": {"train": train.counts(), "valid": len(valid)},
-        "files": {name: {"path": str(path), "sha256": sha256(path)} for name, path in files.items()},
-        "versions": versions(),
-    }
-
-
-def check_same_run(old: dict[str, Any], new: dict[str, Any], where: Path) -> None:
-    """Refuse to go on with a run whose data or settings have changed since.
-
-    Args:
-        old, new: what `record` gives.
-        where: the file that `old` comes from.
-
-    Raises:
-        UserError: names the first flag or file that differs.
-    """
-    for flag, value in new["arguments"].items():
-        before = old["arguments"].get(flag, value)
-        if flag not in FREE_ON_RESUME and before != value:
-            raise UserError(
-                f"--{flag} is {value!r}, but the run to go on with had {before!r} ({where}); "
-                "use the same command, or begin another run in another --output_dir"
-            )
-    if old["processes"] != new["processes"]:
-        raise UserError(f"{new['processes']} processes, but the run to go on with had {old['processes']} ({where})")
-    if old["base_model"] != new["base_model"]:
-        raise UserError(
-            f"--base_model {new['arguments']['base_model']} is not the model that the run began with ({where})"
-        )
-    if set(old["files"]) != set(new["files"]):
-        names = ", ".join(sorted(set(old["files"]) ^ set(new["files"])))
-        raise UserError(f"only one of the two runs uses {names} ({where}); use the same command, or begin anew")
-    for name, file in new["files"].items():
-        if old["files"][name]["sha256"] != file["sha256"]:
-            raise UserError(
-                f"{file['path']} has changed since the run began ({where}); put the old file back, or begin anew"
-            )
-
-
-def find_resume(args: argparse.Namespace, folder: Path) -> tuple[Path | None, Path | None]:
-    """The checkpoint to go on from, and the adapter to begin with, as `--resume_from_checkpoint` says (at most one of them).
-
-    Raises:
-        UserError: the path is neither, or the checkpoint would run foreign code when loaded.
-    """
-    from convert.scan import check_checkpoint
-    from training import checkpoints
-
-    if args.resume_from_checkpoint is None:
-        return None, None
-    if args.resume_from_checkpoint == "auto":
-        found = checkpoints(folder)
-        say(f"resuming from {found[-1]}" if found else f"{folder}: no checkpoint yet, starting from the beginning")
-        path = found[-1] if found else None
-    else:
-        path = Path(args.resume_from_checkpoint)
-        if args.lora and (path / "adapter_config.json").is_file() and not (path / "trainer_state.json").is_file():
-            check_checkpoint(path)
-            return None, path
-        if not (path / "trainer_state.json").is_file():
-            raise UserError(
-                f"--resume_from_checkpoint {path}: neither a complete checkpoint-N folder (no trainer_state.json) "
-                "nor, with --lora, an adapter (no adapter_config.json)"
-            )
-    if path is not None:
-        check_checkpoint(path)
-    return path, None
-
-
-def save_final(trainer: Any, tokenizer: Any, folder: Path, lora: bool) -> None:
-    """Consolidate the trained weights into `folder` itself, whatever the DeepSpeed configuration gathers."""
-    from modeling import full_state, save_model
-    from training import barrier, disk_full_is_said
-
-    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    state = full_state(model)
-    if is_main():
-        temporary, mode = folder / ".final", (folder / "run.json").stat().st_mode
-        with disk_full_is_said(temporary, "the final model"):
-            if lora:
-                model.save_pretrained(temporary, state_dict=state, save_embedding_layers=False)
-                tokenizer.save_pretrained(temporary)
-            else:
-                save_model(model, tokenizer, temporary, state)
-        shutil.rmtree(folder / PREPARED, ignore_errors=True)
-        for path in sorted(temporary.iterdir(), key=lambda path: path.name.endswith("config.json")):
-            path.chmod(mode)  # safetensors makes its files private
-            path.replace(folder / path.name)  # the configurations last: without them nothing loads
-        temporary.rmdir()
-        say(f"{folder}: the trained model")
-    barrier()
+    return RunRecord(
+        argv=sys.argv,
+        arguments=vars(args),
+        processes=world_size(),
+        base_model=on_main(lambda: model_fingerprint(args.base_model)),
+        samples={"train": train.counts(), "valid": len(valid)},
+        files={name: {"path": str(path), "sha256": sha256(path)} for name, path in files.items()},
+        versions=versions(),
+    )
 
 
 @dataclass
@@ -460,7 +263,8 @@ class Run:
     """Everything that a fine-tuning run is made of, ready to train."""
 
     args: argparse.Namespace
-    folder: Path
+    folder: RunFolder
+    style: PromptStyle
     data: RecData
     train_set: TrainSet
     valid_set: ValidSet
@@ -481,58 +285,64 @@ def prepare(args: argparse.Namespace, trainer_of: Callable[[Run], Any] | None = 
         UserError: whatever is wrong with files or flags, before anything expensive begins.
     """
     quiet()
-    from modeling import parameter_report, prepare_base
-    from training import barrier, disk_full_is_said
+    from modeling import parameter_report
 
-    start_processes(args)
+    join_for_training(bool(args.deepspeed))
     set_seed(args.seed)
-    folder = Path(args.output_dir)
-    data, train_set, valid_set = load_datasets(args)
+    folder, style = RunFolder(args.output_dir), PromptStyle.of_flags(args)
+    data, train_set, valid_set = load_datasets(args, style)
     say("training samples: " + ", ".join(f"{name} {n:,}" for name, n in train_set.counts().items()))
-    check_output(args, folder)
-    checkpoint, adapter = find_resume(args, folder)
-    facts = record(args, data, train_set, valid_set)
-    if checkpoint is not None and (checkpoint.parent / "run.json").is_file():
-        check_same_run(read_json(checkpoint.parent / "run.json"), facts, checkpoint.parent / "run.json")
-    barrier()
-    if is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        clear_partial(folder)
-        with (
-            removed_if_empty(folder),
-            disk_full_is_said(folder / PREPARED, "the base model with the item tokens"),
-        ):
-            prepare_base(
-                args.base_model,
-                folder / PREPARED,
-                data.item_tokens,
-                args.seed,
-                args.model_max_length,
-                args.packing,
-                start=(Path(args.init_item_tokens), data) if args.init_item_tokens else None,
-            )
-        if args.overwrite_output_dir and not args.resume_from_checkpoint:
-            remove_run(folder)
-        if checkpoint is None or not (folder / "run.json").is_file():
-            write_json(folder / "run.json", facts)
-    barrier()
+    facts = describe_run(args, data, train_set, valid_set)
+    checkpoint, adapter = on_main(lambda: begin(args, folder, facts, data))
     training = training_arguments(args)
     model, tokenizer = load_trainable(args, folder / PREPARED, training, data.item_tokens, adapter)
     say(parameter_report(model, len(data.item_tokens)))
     sample = train_set[0]
     say(f"first sample: {json.dumps(sample['prompt'] + sample['response'], ensure_ascii=False)[:600]}")
-    run = Run(args, folder, data, train_set, valid_set, training, model, tokenizer, None, checkpoint)
+    run = Run(args, folder, style, data, train_set, valid_set, training, model, tokenizer, None, checkpoint)
     run.trainer = (trainer_of or make_trainer)(run)
+    if is_main() and (checkpoint is None or folder.record() is None):
+        if checkpoint is None and args.overwrite_output_dir and folder.record() is not None:
+            folder.set_aside()
+        facts.write(folder.path)
     return run
+
+
+def begin(
+    args: argparse.Namespace, folder: RunFolder, facts: RunRecord, data: RecData
+) -> tuple[Path | None, Path | None]:
+    """On the main process: clear up, find where to go on (`find_resume`), and write the base model with the item tokens."""
+    from modeling import prepare_base
+    from training import disk_full_is_said
+
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.clear_partial()
+    if not args.resume_from_checkpoint:
+        folder.refuse_if_taken(args.overwrite_output_dir, args.base_model)
+    checkpoint, adapter = find_resume(args.resume_from_checkpoint, args.lora, folder.path)
+    if checkpoint is not None and (checkpoint.parent / RECORD).is_file():
+        RunRecord.read(checkpoint.parent / RECORD).check_same(facts, checkpoint.parent / RECORD)
+    with disk_full_is_said(folder / PREPARED, "the base model with the item tokens"):
+        prepare_base(
+            args.base_model,
+            folder / PREPARED,
+            data.item_tokens,
+            args.seed,
+            args.model_max_length,
+            args.packing,
+            start=(Path(args.init_item_tokens), data) if args.init_item_tokens else None,
+            tokenisation=args.tokenisation,
+        )
+    return checkpoint, adapter
 
 
 def make_trainer(run: Run) -> Any:
     """The trainer, its collator and its log."""
     from transformers import PrinterCallback, ProgressCallback
 
-    from training import Bar, Epochs, Ranking, RecTrainer, RunLog, check_space, checkpoint_bytes
+    from training import Bar, Epochs, Ranking, RecTrainer, Replacing, RunLog, check_space, checkpoint_bytes
 
-    check_space(run.folder, 2 * checkpoint_bytes(run.model), "a checkpoint and the final model need")
+    check_space(run.folder.path, 2 * checkpoint_bytes(run.model), "a checkpoint and the final model need")
     args, tasks = run.args, list(dict.fromkeys([*run.train_set.names, "seqrec"]))
     ranking = None
     if args.eval_ranking > 0:
@@ -544,25 +354,55 @@ def make_trainer(run: Run) -> Any:
             args.seed,
             no_eos=args.no_eos,
         )
+    collator = TrainCollator(
+        run.tokenizer, args.model_max_length, args.only_train_response, args.packing, tasks, args.no_eos
+    )
+    check_lengths(run, collator)
     trainer = RecTrainer(
         model=run.model,
         args=run.training,
         tasks=tasks,
         task_set=task_samples(run),
         ranking=ranking,
+        loss_average=args.loss_average,
         train_dataset=run.train_set,
         eval_dataset=run.valid_set,
-        data_collator=TrainCollator(
-            run.tokenizer, args.model_max_length, args.only_train_response, args.packing, tasks, args.no_eos
-        ),
+        data_collator=collator,
         processing_class=run.tokenizer,
-        callbacks=[Epochs(run.train_set), RunLog(run.folder / "train.log")],
+        callbacks=[Epochs(run.train_set), RunLog(run.folder / LOG), Replacing(run.folder)],
+        beside_checkpoint=lambda folder: run.style.save(folder, run.data),
     )
     for chatty in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(chatty)
     if sys.stderr.isatty():
         trainer.add_callback(Bar)
     return trainer
+
+
+def check_lengths(run: Run, collator: TrainCollator) -> None:
+    """Look at some samples of each task, and of the validation, for responses that `--model_max_length` cuts off.
+
+    Raises:
+        UserError: a task would train, or the validation be measured, without any label.
+    """
+    parts, begin = {}, 0
+    for name, count in run.train_set.counts().items():
+        parts[name] = [run.train_set[begin + i] for i in range(0, count, max(1, count // CHECKED))]
+        begin += count
+    parts["validation"] = [
+        run.valid_set[i] for i in range(0, len(run.valid_set), max(1, len(run.valid_set) // CHECKED))
+    ]
+    short = {}
+    for name, samples in parts.items():
+        labels = [collator([sample])["labels"][:, 1:] for sample in samples]
+        short[name] = sum(not bool((row != IGNORE).any()) for row in labels)
+        if samples and short[name] == len(samples):
+            raise UserError(
+                f"--model_max_length {run.args.model_max_length} cuts {name} before the response begins in each of "
+                f"{len(samples)} samples looked at: nothing would be learned from them; allow more tokens"
+            )
+    if cut := ", ".join(f"{n} of {len(parts[name])} of {name}" for name, n in short.items() if n):
+        say(f"note: --model_max_length leaves no label in {cut} (samples looked at); they train nothing")
 
 
 def task_samples(run: Run) -> TaskValidSet | None:
@@ -574,28 +414,55 @@ def task_samples(run: Run) -> TaskValidSet | None:
     return TaskValidSet(run.data, valid.prompts, others, valid.form, run.args.seed, run.args.eval_task_samples)
 
 
-@contextlib.contextmanager
-def removed_if_empty(folder: Path) -> Any:
-    """If the block fails, leave no empty `folder` behind."""
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-        raise
+def save_final(run: Run) -> None:
+    """Consolidate the trained weights into the run's folder itself, whatever the DeepSpeed configuration gathers.
+
+    Raises:
+        UserError: weights are not finite, or the disk is full.
+    """
+    from modeling import full_state
+
+    model = run.trainer.accelerator.unwrap_model(run.trainer.model_wrapped)
+    state = full_state(model)
+    on_main(lambda: write_final(run, model, state))
 
 
-def clear_partial(folder: Path) -> None:
-    """Remove what an earlier process was writing when it was killed."""
-    for path in [*folder.glob(".*.partial"), folder / ".final"]:
-        shutil.rmtree(path, ignore_errors=True)
+def write_final(run: Run, model: Any, state: dict[str, torch.Tensor] | None) -> None:
+    """On the main process: write the weights `state`, then put all in place."""
+    from modeling import save_model
+    from training import disk_full_is_said
+
+    assert state is not None  # the others have none
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name in state and not torch.isfinite(state[name]).all():
+            raise UserError(
+                f"{name} is not finite after the last step: there is no model to save; lower --learning_rate"
+            )
+    temporary = run.folder / FINAL
+    with disk_full_is_said(temporary, "the final model"):
+        if run.args.lora:
+            model.save_pretrained(temporary, state_dict=state, save_embedding_layers=False)
+            run.tokenizer.save_pretrained(temporary)
+        else:
+            save_model(model, run.tokenizer, temporary, state)
+        run.style.save(temporary, run.data)
+    run.folder.finish()
+    say(f"{run.folder.path}: the trained model")
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Prepare, train, save the model."""
     args = parse(argv)
-    run = prepare(args)
-    run.trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
-    save_final(run.trainer, run.tokenizer, run.folder, args.lora)
+    folder = RunFolder(args.output_dir)
+    with folder.held() if is_main() else contextlib.nullcontext():
+        try:
+            run = prepare(args)
+            run.trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+            save_final(run)
+        except BaseException:
+            if is_main():
+                folder.give_up()
+            raise
 
 
 if __name__ == "__main__":

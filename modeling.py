@@ -9,85 +9,25 @@ from __future__ import annotations
 import contextlib
 import pickle
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from arguments import comma_list
-from collator import adds_bos
+from adapters import merge_adapter
+from convert.folder import find_model
 from convert.hub import local_or_hub
 from data import RecData
+from tokenising import add_item_tokens, cut_as_in_2023, first_line, is_llamas, item_token_ids, load_tokenizer
 from trie import ItemTrie
-from utils import UserError, is_main, local_rank, say
+from utils import UserError, is_main
 
+# what checkpoints of older libraries store besides their weights
+BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def pick_device(gpu_id: int | None = None) -> torch.device:
-    """The GPU `gpu_id` (default: the local rank's), or the CPU, said in one line, where CUDA is absent."""
-    if not torch.cuda.is_available():
-        say("note: no CUDA device; running on the CPU")
-        return torch.device("cpu")
-    number = local_rank() if gpu_id is None else gpu_id
-    if number >= torch.cuda.device_count():
-        raise UserError(f"GPU {number} does not exist; there are {torch.cuda.device_count()}, counted from 0")
-    torch.cuda.set_device(number)
-    return torch.device("cuda", number)
-
-
-# ---- tokenizer ----
-
-
-def load_tokenizer(path: str | Path, model_max_length: int = 2048) -> Any:
-    """The tokenizer of a folder or hub id, with a pad token, and with BOS where a LLaMA tokenizer does not say otherwise.
-
-    LLaMA pads with its unknown token (id 0); a tokenizer whose unknown token has another id pads with EOS.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, model_max_length=model_max_length, padding_side="right")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no tokenizer can be loaded ({first_line(error)})") from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{path}: the tokenizer has no end-of-sequence token")
-    if tokenizer.pad_token_id is None:
-        unknown_is_zero = tokenizer.unk_token is not None and tokenizer.unk_token_id == 0
-        tokenizer.pad_token = tokenizer.unk_token if unknown_is_zero else tokenizer.eos_token
-    if getattr(
-        tokenizer, "legacy", False
-    ):  # transformers obeys it but does not save it: the saved one would cut otherwise
-        tokenizer.init_kwargs["legacy"] = True
-    # A bare tokenizer.model says nothing of BOS and transformers then adds none; LLaMA 1 and 2 were trained with it.
-    told = (Path(path) / "tokenizer_config.json").exists() or (Path(path) / "tokenizer.json").exists()
-    if Path(path).is_dir() and not told and not adds_bos(tokenizer):
-        tokenizer.add_bos_token = True
-    return tokenizer
-
-
-def add_item_tokens(tokenizer: Any, tokens: list[str]) -> list[int]:
-    """Add `tokens` in the order given; the ids of those that are new. Text is never normalised before they are matched."""
-    known = tokenizer.get_vocab()
-    new = [token for token in tokens if token not in known]
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in new])
-    return tokenizer.convert_tokens_to_ids(new)
-
-
-def item_token_ids(tokenizer: Any, data: RecData) -> list[tuple[int, ...]]:
-    """The token ids of every item's index.
-
-    Raises:
-        UserError: the tokenizer lacks item tokens, as before fine-tuning.
-    """
-    vocab = tokenizer.get_vocab()
-    missing = [token for token in data.item_tokens if token not in vocab]
-    if missing:
-        raise UserError(
-            f"the checkpoint's tokenizer lacks {len(missing)} of the {len(data.item_tokens)} item tokens of "
-            f"{data.files['index']} ({missing[0]}, …): is it fine-tuned on this index file?"
-        )
-    return [tuple(vocab[token] for token in index) for index in data.indices]
 
 
 def item_trie(tokenizer: Any, data: RecData, no_eos: bool = False) -> ItemTrie:
@@ -103,26 +43,26 @@ def item_trie(tokenizer: Any, data: RecData, no_eos: bool = False) -> ItemTrie:
         raise UserError(f"{data.files.get('index', data.name)}: {error}{' (--no_eos)' if no_eos else ''}") from error
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text that says something."""
-    if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to load it all the same
-        return "a .bin file of it carries code, which was not run"
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-# ---- models ----
-
-
 def load_model(path: str | Path, dtype: torch.dtype | None = None, **more: Any) -> PreTrainedModel:
     """A causal LM of a folder or hub id in `dtype` (default: the checkpoint's); no code of the checkpoint is run.
 
     Raises:
-        UserError: there is no model that loads.
+        UserError: there is no model that loads, or its weights are not those of its configuration.
     """
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype or "auto", trust_remote_code=False, **more)
-    except (OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True, **more
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001  (configurations and weight files can be wrong in any way)
         raise UserError(f"{path}: no model can be loaded ({first_line(error)})") from error
+    missing, extra = sorted(report["missing_keys"]), sorted(set(map(str, report["unexpected_keys"])))
+    extra = [name for name in extra if not name.endswith(BUFFERS)]
+    if missing or extra:
+        what = f"lack {missing[0]}" if missing else f"have {extra[0]}, which the model has not"
+        raise UserError(f"{path}: the weights do not fit config.json: they {what} ({len(missing + extra)} such names)")
+    return model
 
 
 def rows_from_embeddings(path: Path, data: RecData, tokens: list[str], width: int) -> torch.Tensor:
@@ -185,12 +125,6 @@ def grow_vocabulary(
             weight[new_ids] = drawn.to(weight)
 
 
-def has_item_tokens(path: str | Path, tokens: list[str]) -> bool:
-    """True if the tokenizer at `path` knows all `tokens`."""
-    vocab = load_tokenizer(path).get_vocab()
-    return all(token in vocab for token in tokens)
-
-
 def prepare_base(
     base_model: str,
     target: Path,
@@ -199,6 +133,7 @@ def prepare_base(
     model_max_length: int = 2048,
     packing: bool = False,
     start: tuple[Path, RecData] | None = None,
+    tokenisation: str = "base",
 ) -> None:
     """Write to `target` the base model with the item tokens added, in the base's own dtype.
 
@@ -207,11 +142,14 @@ def prepare_base(
     Args:
         start: item embeddings that the new rows start from, and their items (`rows_from_embeddings`).
         packing: make sure that the model keeps packed samples apart (`packing.check_packing`).
+        tokenisation: "base", "2023" (`tokenising.cut_as_in_2023`), or "paper": 2023 where that is possible.
     """
     base_model = local_or_hub(base_model, "--base_model")
     tokenizer = load_tokenizer(base_model, model_max_length)
     model = load_model(base_model)
     new_ids = add_item_tokens(tokenizer, tokens)
+    if tokenisation == "2023" or (tokenisation == "paper" and is_llamas(tokenizer)):
+        tokenizer = cut_as_in_2023(tokenizer)
     torch.manual_seed(seed)
     rows = None
     if start is not None:
@@ -226,16 +164,32 @@ def prepare_base(
     save_model(model, tokenizer, target)
 
 
-def attach_lora(model: PreTrainedModel, args: Any, zero3_bf16: bool = False, new_rows: list[int] | None = None) -> Any:
-    """`model` with a LoRA adapter as `args` describe it (bias none; embeddings and head trained whole).
+@dataclass(frozen=True)
+class LoraShape:
+    """What a LoRA adapter is made of.
 
     Args:
-        new_rows: train these rows of embeddings and head alone, and `--lora_modules_to_save` not at all.
+        r, alpha, dropout: rank, scale (alpha / r), dropout before the adapter.
+        target_modules: names of the modules that get an adapter.
+        modules_to_save: names of the modules that train whole.
+        new_rows: train these rows of embeddings and head alone, and `modules_to_save` not at all.
     """
+
+    r: int
+    alpha: int
+    dropout: float
+    target_modules: list[str]
+    modules_to_save: list[str]
+    new_rows: list[int] | None = None
+
+
+def attach_lora(model: PreTrainedModel, shape: LoraShape, zero3_bf16: bool = False) -> Any:
+    """`model` with a LoRA adapter (bias none)."""
     from peft import LoraConfig, TaskType, get_peft_model
 
     tied = model.config.get_text_config().tie_word_embeddings
-    whole = comma_list(args.lora_modules_to_save) if new_rows is None else []
+    new_rows = shape.new_rows
+    whole = list(shape.modules_to_save) if new_rows is None else []
     if tied:  # the head is the embedding: train it once
         whole = [name for name in whole if name != "lm_head"]
     rows = None
@@ -244,10 +198,10 @@ def attach_lora(model: PreTrainedModel, args: Any, zero3_bf16: bool = False, new
         ends = [model.get_input_embeddings()] + ([] if tied else [model.get_output_embeddings()])
         rows = {modules[id(module)]: new_rows for module in ends}
     config = LoraConfig(
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules=comma_list(args.lora_target_modules),
+        r=shape.r,
+        lora_alpha=shape.alpha,
+        lora_dropout=shape.dropout,
+        target_modules=shape.target_modules,
         modules_to_save=whole or None,
         trainable_token_indices=rows,
         bias="none",
@@ -353,7 +307,7 @@ def find_checkpoint(ckpt_path: str, lora: bool = False) -> str:
 
 
 def load_for_test(
-    ckpt_path: str,
+    ckpt_path: str | Path,
     base_model: str | None = None,
     lora: bool = False,
     device: torch.device | str = "cpu",
@@ -362,7 +316,7 @@ def load_for_test(
     """A fine-tuned model in eval mode, and its tokenizer.
 
     Args:
-        ckpt_path: the checkpoint's folder (or hub id), or the adapter's with `lora`.
+        ckpt_path: the checkpoint's folder, or the adapter's with `lora` (`find_checkpoint`).
         base_model: the adapter's base.
         dtype: default bfloat16 on a GPU and float32 on the CPU.
 
@@ -371,21 +325,21 @@ def load_for_test(
     """
     device = torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    ckpt_path = find_checkpoint(ckpt_path, lora)
     tokenizer = load_tokenizer(ckpt_path)
     if not lora:
         return load_model(ckpt_path, dtype).to(device).eval(), tokenizer
 
-    from peft import PeftModel
+    return load_adapter_model(ckpt_path, base_model, tokenizer, dtype).to(device).eval(), tokenizer
 
-    model = load_model(local_or_hub(base_model, "--base_model"), dtype)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    try:
-        model = PeftModel.from_pretrained(model, ckpt_path).merge_and_unload()
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{ckpt_path}: the adapter cannot be loaded ({first_line(error)})") from error
-    return model.to(device).eval(), tokenizer
+
+def load_adapter_model(adapter: str | Path, base_model: str, tokenizer: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The base model in `dtype` with the adapter merged into it; `tokenizer` is the adapter's.
+
+    Raises:
+        UserError: see `adapters.merge_adapter`.
+    """
+    base_model = local_or_hub(base_model, "--base_model")
+    return merge_adapter(load_model(base_model, dtype), find_model(base_model), find_model(adapter), tokenizer)
 
 
 def full_state(model: Any, only_trained: bool = False) -> dict[str, torch.Tensor] | None:

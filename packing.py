@@ -145,11 +145,33 @@ class LabelledHead:
             self._keep = None
 
 
-def check_packing(model: PreTrainedModel) -> None:
-    """Make sure that packed samples have the very logits they have alone.
+@contextmanager
+def float32(model: nn.Module) -> Iterator[None]:
+    """Within the block `model` computes in float32, whatever its weights are kept in: a module's are converted while it runs."""
+    kept: dict[nn.Parameter, Tensor] = {}
 
-    The measure is how much else logits would change: by reading the same three samples as one text. In 16 bits two ways to
-    compute the same thing differ by a few percent of that.
+    def widen(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        for parameter in module.parameters(recurse=False):
+            kept.setdefault(parameter, parameter.data)
+            parameter.data = parameter.data.float()
+        return tuple(a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+    def restore(module: nn.Module, *_: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            parameter.data = kept.pop(parameter, parameter.data)
+
+    own = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
+    hooks = [module.register_forward_pre_hook(widen) for module in own]
+    hooks += [module.register_forward_hook(restore, always_call=True) for module in own]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def check_packing(model: PreTrainedModel) -> None:
+    """Make sure that two packed samples have the logits they have alone, to the rounding of float32.
 
     Raises:
         UserError: the architecture does not hand the samples' lengths to its attention, or mixes tokens elsewhere.
@@ -157,19 +179,16 @@ def check_packing(model: PreTrainedModel) -> None:
     training, before = model.training, model.config._attn_implementation
     vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
-    rows = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (3, 7, 5)]
+    rows = [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (5, 7)]
     batch = pack(rows, rows)
     batch.pop("labels")
-    exact = model.dtype == torch.float32
     model.eval()
     try:
-        with torch.no_grad():
-            alone = torch.cat([model(torch.tensor([row]), use_cache=False).logits for row in rows], dim=1).float()
-            mixed = model(batch["input_ids"], use_cache=False).logits.float()
+        with torch.no_grad(), float32(model):
+            alone = torch.cat([model(torch.tensor([row]), use_cache=False).logits for row in rows], dim=1)
             model.set_attn_implementation(PACKED)
-            packed = model(**batch, use_cache=False).logits.float()
-        same = torch.allclose(alone, packed, atol=1e-3 if exact else 2e-2, rtol=1e-2)
-        same = same or bool((packed - alone).norm() < (1e-3 if exact else 0.2) * (mixed - alone).norm())
+            packed = model(**batch, use_cache=False).logits
+        same = bool((packed - alone).norm() <= 1e-4 * alone.norm())
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError):
         same = False
     finally:

@@ -10,6 +10,7 @@ import re
 import runpy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tasks import TASKS
 from utils import UserError, read_json, say
@@ -188,6 +189,11 @@ class Prompts:
         """The text of the answer, without the end-of-sequence token."""
         return fill(template.response, slots) + self.frame.split("{response}")[1]
 
+    def as_json(self) -> dict[str, Any]:
+        """The two objects of a prompt file, `sft_prompt` and `all_prompt`."""
+        tasks = {task: [vars(template) for template in rows] for task, rows in self.templates.items()}
+        return {"sft_prompt": self.frame, "all_prompt": tasks}
+
     def of(self, task: str) -> list[Template]:
         """The templates of `task`. Raises UserError if there are none."""
         if not self.templates.get(task):
@@ -200,7 +206,7 @@ def fill(text: str, slots: dict[str, str]) -> str:
     return SLOT.sub(lambda match: slots[match.group(1)], text)
 
 
-def _checked(source: str, frame: object, templates: object) -> Prompts:
+def checked_prompts(source: str, frame: object, templates: object) -> Prompts:
     """Prompts from the two objects of a prompt file. Raises UserError with file and key."""
     if not isinstance(frame, str) or frame.count("{instruction}") != 1 or frame.count("{response}") != 1:
         raise UserError(f"{source}: sft_prompt must be a text with {{instruction}} and {{response}} once each")
@@ -241,7 +247,7 @@ def load_prompts(path: str | None = None) -> Prompts:
         UserError: the file is missing or not of this form.
     """
     if not path:
-        return _checked("prompt.py", sft_prompt, all_prompt)
+        return checked_prompts("prompt.py", sft_prompt, all_prompt)
     if not Path(path).is_file():
         raise UserError(f"{path}: no such prompt file")
     if Path(path).suffix == ".py":
@@ -254,4 +260,4 @@ def load_prompts(path: str | None = None) -> Prompts:
         content = read_json(path)
         if not isinstance(content, dict):
             raise UserError(f"{path}: must be an object with sft_prompt and all_prompt")
-    return _checked(str(path), content.get("sft_prompt"), content.get("all_prompt"))
+    return checked_prompts(str(path), content.get("sft_prompt"), content.get("all_prompt"))

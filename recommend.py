@@ -1,10 +1,13 @@
 """The top items, with titles and scores, for users, for histories, or for a search text.
 
+    python recommend.py --ckpt_path ./ckpt/Games/ --history 12 873 "Super Mario 64" --top_k 5 --exclude_history
+    python recommend.py --ckpt_path ./ckpt/Games/ --query "a racing game for two players"
+    python recommend.py --ckpt_path ./ckpt/Games/ --requests requests.jsonl --format json > answers.jsonl
+    ./my_shop | python recommend.py --ckpt_path ./ckpt/Games/ --requests -
     python recommend.py --ckpt_path ./ckpt/Games/ --dataset Games --data_path ./data --users 0,17
-    python recommend.py …the same… --history 12 873 "Super Mario 64" --top_k 5 --exclude_history
-    python recommend.py …the same… --query "a racing game for two players"
-    python recommend.py …the same… --requests requests.jsonl --format json > answers.jsonl
-    ./my_shop | python recommend.py …the same… --requests -
+
+A model knows how it wants to be asked and which items it was trained on (`prompt_style.json`, `item_index.json` in its folder);
+users' histories are in the dataset, and so are items that are new since (`--data_path`, `--dataset`, `--index_file`).
 
 `--requests` reads a JSON object a line from a file, or from stdin with `-`, where each line is answered at once while the
 model stays loaded: `{"user": "17"}`, `{"history": [12, "Super Mario 64"]}` or `{"query": "…"}`, and if you like `"id"` (comes
@@ -26,15 +29,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from arguments import add_data, add_global, make_parser
+from arguments import MODEL, add_data, add_flags, add_global, make_parser, parse_given, whole
 from collator import encode_prompts
 from data import RecData, clean_title, load_data
 from decoding import pack_linears
-from modeling import DTYPES, load_for_test, pick_device
-from prompt import Prompts, Template, load_prompts
-from scoring import Scorer, check_length, note_other_training
-from tasks import HistoryFormat
-from utils import UserError, run_main, say, set_seed
+from modeling import DTYPES, find_checkpoint, item_trie, load_for_test
+from processes import pick_device
+from prompt import Template
+from prompt_style import PromptStyle, check_same_items, choose_style, saved_items
+from scoring import Scorer, check_length
+from testing import answers_with_item
+from utils import UserError, parse_json, regular_file, run_main, say, set_seed
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Recommender:
 
     Args:
         data: the dataset whose items are recommended.
+        style: the templates and the form of a history.
         prompt_id: the template of seqrec (for histories) or itemsearch (for queries); by default the first that fits.
         num_beams: beams; more are taken where a request needs them to fill its list.
     """
@@ -62,15 +68,13 @@ class Recommender:
         model: Any,
         tokenizer: Any,
         data: RecData,
-        prompts: Prompts,
-        form: HistoryFormat | None = None,
+        style: PromptStyle,
         num_beams: int = 20,
         prompt_id: int | None = None,
-        no_eos: bool = False,
     ):
-        self.data, self.prompts, self.form = data, prompts, form or HistoryFormat()
+        self.data, self.prompts, self.form = data, style.prompts, style.form
         self.num_beams, self.prompt_id = num_beams, prompt_id
-        self.scorer = Scorer(model, tokenizer, data, num_beams, no_eos=no_eos)
+        self.scorer = Scorer(model, tokenizer, item_trie(tokenizer, data, style.no_eos), num_beams)
         self.shared: Template | None = None  # the template whose beginning the scorer holds
         self.alike: dict[int, list[int]] = defaultdict(list)  # lowest id → all items with its index
         for item, first in enumerate(data.canonical):
@@ -124,7 +128,8 @@ class Recommender:
         history, query = [], ""
         if "user" in content:
             if str(content["user"]) not in self.data.inters:
-                raise UserError(f"user {content['user']!r} is not in {self.data.files['inter']}")
+                where = self.data.files.get("inter", "the checkpoint, which knows items alone: give --data_path")
+                raise UserError(f"user {content['user']!r} is not in {where}")
             history = self.data.inters[str(content["user"])]
         elif "history" in content:
             if not isinstance(content["history"], list) or not content["history"]:
@@ -140,8 +145,11 @@ class Recommender:
         top_k = content.get("top_k", top_k)
         if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
             raise UserError(f"top_k is {top_k!r}; it must be 1 or more")
-        exclude = frozenset(history) if content.get("exclude_history", exclude_history) else frozenset()
-        echo = {key: content[key] for key in ("id", "user", "query") if key in content}
+        exclude_history = content.get("exclude_history", exclude_history)
+        if not isinstance(exclude_history, bool):
+            raise UserError(f"exclude_history is {exclude_history!r}; it must be true or false")
+        exclude = frozenset(history) if exclude_history else frozenset()
+        echo: dict[str, Any] = {key: content[key] for key in ("id", "user", "query") if key in content}
         if "history" in content:
             echo["history"] = history
         return Request(history, query, top_k, exclude, echo)
@@ -157,7 +165,7 @@ class Recommender:
         task = "itemsearch" if request.query else "seqrec"
         has = {"query", "item"} if request.query else {"inters", "item"}
         templates = self.prompts.of(task)
-        fitting = [n for n, t in enumerate(templates) if t.slots <= has and t.response.startswith("{item}")]
+        fitting = [n for n, t in enumerate(templates) if t.slots <= has and answers_with_item(t)]
         if not fitting:
             raise UserError(
                 f"no template of {task} has {' and '.join(sorted(has - {'item'}))} alone and answers with an item"
@@ -169,6 +177,12 @@ class Recommender:
                 f"--prompt_id {self.prompt_id}: of {task} only {', '.join(map(str, fitting))} fit such a request"
             )
         return templates[self.prompt_id]
+
+    def check(self, request: Request) -> None:
+        """Raise a UserError if `request` cannot be answered: no template fits it, or its prompt is too long."""
+        text = self.prompts.prompt(self.template(request), self._slots(request))
+        (ids,) = encode_prompts(self.scorer.tokenizer, [text])
+        check_length(self.scorer.model, len(ids) + self.scorer.trie.levels)
 
     def answer(self, requests: list[Request]) -> list[dict[str, Any]]:
         """An answer to each request, all decoded together: what it echoes and `items`, best first."""
@@ -185,7 +199,6 @@ class Recommender:
     def _decode(self, template: Template, requests: list[Request]) -> list[dict[str, Any]]:
         texts = [self.prompts.prompt(template, self._slots(request)) for request in requests]
         ids = encode_prompts(self.scorer.tokenizer, texts)
-        check_length(self.scorer.model, max(map(len, ids)) + self.scorer.trie.levels)
         if self.shared is not template:  # what every prompt of this template begins with is read once
             other = self.prompts.prompt(template, dict.fromkeys(template.slots, "-"))
             self.scorer.share([ids[0], *encode_prompts(self.scorer.tokenizer, [other])])
@@ -216,34 +229,40 @@ class Recommender:
 # ---- the command ----
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The flags."""
+def parse_command(argv: list[str] | None) -> tuple[argparse.Namespace, frozenset[str]]:
+    """The flags, and which of those of the prompts were given."""
     parser = make_parser(__doc__)
     add_global(parser)
     add_data(parser)
-    model = parser.add_argument_group("model")
-    model.add_argument("--ckpt_path", required=True, help="checkpoint folder, or the adapter's with --lora")
-    model.add_argument("--lora", action="store_true", help="the checkpoint is a LoRA adapter of --base_model")
-    model.add_argument("--gpu_id", type=int, default=0, help="GPU to use")
-    choices = ("auto", *DTYPES)
-    model.add_argument("--dtype", choices=choices, default="auto", help="auto: bfloat16 on a GPU, float32 on the CPU")
-    model.add_argument("--num_beams", type=int, default=20, help="beams; more where a list needs them")
-    model.add_argument("--prompt_id", type=int, help="template number; by default the first that fits")
+    model = add_flags(parser, "model", MODEL)
+    model.add_argument("--num_beams", type=whole(1), default=20, help="beams; more where a list needs them")
+    model.add_argument("--prompt_id", type=whole(0), help="template number; by default the first that fits")
     ask = parser.add_argument_group("what is asked")
     ask.add_argument("--users", metavar="ID,ID,…", help="users of the dataset by commas, or all")
     ask.add_argument("--history", nargs="+", action="append", metavar="ITEM", help="ids or titles, oldest first")
     ask.add_argument("--query", action="append", metavar="TEXT", help="a search text")
     ask.add_argument("--requests", metavar="F", help="JSON lines from a file, or - for stdin")
-    ask.add_argument("--top_k", type=int, default=10, help="items in an answer")
+    ask.add_argument("--top_k", type=whole(1), default=10, help="items in an answer")
     ask.add_argument("--exclude_history", action="store_true", help="never name items of the history")
-    ask.add_argument("--batch_size", type=int, default=16, help="requests decoded together (stdin: one by one)")
+    ask.add_argument("--batch_size", type=whole(1), default=16, help="requests decoded together (stdin: one by one)")
     ask.add_argument("--format", choices=("auto", "json", "table"), default="auto", help="auto: table on a terminal")
-    args = parser.parse_args(argv)
+    args, given = parse_given(parser, argv)
+    if not args.ckpt_path:
+        raise UserError("--ckpt_path is missing: the folder or hub id of the model to ask")
     if not (args.users or args.history or args.query or args.requests):
         raise UserError("nothing is asked: give --users, --history, --query or --requests")
-    if args.batch_size < 1 or args.num_beams < 1:
-        raise UserError("--batch_size and --num_beams must be at least 1")
-    return args
+    if args.requests not in (None, "-"):
+        regular_file(args.requests)
+    return args, given
+
+
+def items_to_recommend(args: argparse.Namespace, folder: Path) -> RecData:
+    """The dataset if `--data_path` names one, else the items that the model's folder knows."""
+    if not args.data_path and (known := saved_items(folder)):
+        return known
+    data = load_data(args.data_path, args.dataset, args.index_file)
+    check_same_items(folder, data, args.allow_other_index)
+    return data
 
 
 def asked(args: argparse.Namespace, data: RecData) -> Iterator[dict[str, Any]]:
@@ -269,7 +288,22 @@ def show(answer: dict[str, Any], table: bool) -> None:
     print(flush=True)
 
 
-def respond(recommender: Recommender, lines: Iterable[str], args: argparse.Namespace, batch: int, table: bool) -> None:
+def understand(recommender: Recommender, line: bytes, args: argparse.Namespace) -> Request | dict[str, Any]:
+    """The request in a line, or the answer to a line that holds none."""
+    content = None
+    try:
+        content = parse_json(line)
+        request = recommender.request(content, args.top_k, args.exclude_history)
+        recommender.check(request)
+        return request
+    except (ValueError, UserError) as error:
+        told = {"id": content["id"]} if isinstance(content, dict) and "id" in content else {}
+        return {**told, "error": str(error)}
+
+
+def respond(
+    recommender: Recommender, lines: Iterable[bytes], args: argparse.Namespace, batch: int, table: bool
+) -> None:
     """Answer JSON lines in their order, `batch` at a time; a wrong line gets an error for an answer."""
     waiting: list[Request | dict[str, Any]] = []
 
@@ -282,18 +316,7 @@ def respond(recommender: Recommender, lines: Iterable[str], args: argparse.Names
 
     for line in lines:
         if line.strip():
-            content = None
-            try:
-                try:
-                    content = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(f"not JSON: {error.msg} at column {error.colno}") from None
-                request = recommender.request(content, args.top_k, args.exclude_history)
-                recommender.template(request)
-                waiting.append(request)
-            except UserError as error:
-                told = {"id": content["id"]} if isinstance(content, dict) and "id" in content else {}
-                waiting.append({**told, "error": str(error)})
+            waiting.append(understand(recommender, line, args))
         if len(waiting) >= batch:
             flush()
     flush()
@@ -301,29 +324,28 @@ def respond(recommender: Recommender, lines: Iterable[str], args: argparse.Names
 
 def main(argv: list[str] | None = None) -> None:
     """Load the model, answer what the command line asks, then the requests of `--requests`."""
-    args = parse(argv)
-    if args.requests not in (None, "-") and not Path(args.requests).is_file():
-        raise UserError(f"--requests {args.requests}: no such file")
+    args, given = parse_command(argv)
     set_seed(args.seed)
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers alone
-        data = load_data(args.data_path, args.dataset, args.index_file)
+        folder = Path(find_checkpoint(args.ckpt_path, args.lora))
+        style = choose_style(folder, args, given)
+        data = items_to_recommend(args, folder)
         device = pick_device(args.gpu_id)
-        model, tokenizer = load_for_test(args.ckpt_path, args.base_model, args.lora, device, DTYPES.get(args.dtype))
+        model, tokenizer = load_for_test(folder, args.base_model, args.lora, device, DTYPES.get(args.dtype))
         pack_linears(model)
-        note_other_training(args)
-        prompts = load_prompts(args.prompt_file)
-    form = HistoryFormat(args.max_his_len, args.add_prefix, args.his_sep)
-    recommender = Recommender(model, tokenizer, data, prompts, form, args.num_beams, args.prompt_id, args.no_eos)
+    recommender = Recommender(model, tokenizer, data, style, args.num_beams, args.prompt_id)
     table = sys.stdout.isatty() if args.format == "auto" else args.format == "table"
     requests = [recommender.request(content, args.top_k, args.exclude_history) for content in asked(args, data)]
+    for request in requests:
+        recommender.check(request)
     for start in range(0, len(requests), args.batch_size):
         for answer in recommender.answer(requests[start : start + args.batch_size]):
             show(answer, table)
     if args.requests == "-":
         say("ready", file=sys.stderr)
-        respond(recommender, iter(sys.stdin.readline, ""), args, 1, table)
+        respond(recommender, iter(sys.stdin.buffer.readline, b""), args, 1, table)
     elif args.requests:
-        with open(args.requests, encoding="utf-8") as file:
+        with open(regular_file(args.requests), "rb") as file:
             respond(recommender, file, args, args.batch_size, table)
 
 

@@ -22,7 +22,7 @@ from data import RecData, load_data
 from evaluate import check_metrics, too_long
 from metrics.ranking import METRICS, parse
 from report_page import MARK, page
-from run_files import read_run
+from scored_runs import read_run
 from utils import UserError, atomic_path, run_main, say
 
 METRIC_NAMES = "hit@1,hit@5,hit@10,ndcg@5,ndcg@10"

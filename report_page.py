@@ -19,7 +19,8 @@ import numpy as np
 from data import RecData
 from index.figures import level_usage
 from metrics.ranking import METRICS
-from run_files import Scored, log_history, run_record
+from run_folder import log_history, run_settings
+from scored_runs import Scored
 
 Compared = tuple[str, np.ndarray, str]  # name, ranks (…, users), line style
 MARK = '<meta name="generator" content="LC-Rec report.py">'
@@ -218,7 +219,7 @@ def settings_part(runs: list[Scored]) -> str:
     parts = ["<h2>Settings</h2>"]
     for run in runs:
         found = {f"test: {run.path}": run.config}
-        if run.checkpoint and (trained := run_record(run.checkpoint)):
+        if run.checkpoint and (trained := run_settings(run.checkpoint)):
             found[f"training: {run.checkpoint}"] = trained
         for name, settings in found.items():
             text = html.escape(json.dumps(settings, indent=2, ensure_ascii=False))

@@ -126,10 +126,11 @@ def _item_sample(data: RecData, row: np.ndarray, form: HistoryFormat, rng: np.ra
 
 def _search_sample(split: str) -> Callable[..., Sample]:
     def sample(data: RecData, row: np.ndarray, form: HistoryFormat, rng: np.random.Generator) -> Sample:
-        user = data.users.user_ids[row[0]]
-        intention = data.users.intentions[split][user]
+        users = _users(data)
+        user = users.user_ids[row[0]]
+        intention = users.intentions[split][user]
         history = form.cut(intention.inters)
-        preferences = data.users.preferences[user]
+        preferences = users.preferences[user]
         slots = _history_slots(data, form, history) | {
             "item": data.index_text(intention.item),
             "explicit_preference": preferences[rng.integers(len(preferences))],
@@ -146,9 +147,10 @@ def _preference_sample(held_out: int) -> Callable[..., Sample]:
     """The history leaves the user's `held_out` last items out."""
 
     def sample(data: RecData, row: np.ndarray, form: HistoryFormat, rng: np.random.Generator) -> Sample:
-        user = data.users.user_ids[row[0]]
+        users = _users(data)
+        user = users.user_ids[row[0]]
         history = form.cut(data.inters[user][:-held_out])
-        preferences = data.users.preferences[user]
+        preferences = users.preferences[user]
         preference = preferences[rng.integers(len(preferences))]
         slots = _history_slots(data, form, history) | {"explicit_preference": preference}
         return Sample(user, history, -1, slots)

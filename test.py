@@ -7,13 +7,13 @@ Writes the results file and, beside it, `<stem>.predictions.jsonl` with every ra
 interruption goes on where it was. test_ddp.py does the same on several GPUs.
 """
 
-from scoring import make_test_parser, run
+from testing import test_checkpoint
 from utils import run_main
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags and score."""
-    run(make_test_parser(__doc__).parse_args(argv), single=True)
+    test_checkpoint(__doc__, argv, single=True)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ No sample is lost or counted twice, whatever the number of processes. The same c
 processes or another number, goes on where it was.
 """
 
-from scoring import make_test_parser, run
+from testing import test_checkpoint
 from utils import run_main
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags and score."""
-    run(make_test_parser(__doc__).parse_args(argv), single=False)
+    test_checkpoint(__doc__, argv, single=False)
 
 
 if __name__ == "__main__":

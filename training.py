@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -30,23 +31,12 @@ from decoding import beam_search
 from metrics.ranking import hit, ndcg, rank_of
 from modeling import full_state, item_trie
 from packing import PACKED, LabelledHead
+from processes import barrier, sum_over_processes
+from run_folder import RunFolder
 from utils import UserError, checkpoints, is_main, rank, world_size
 
 PARTIAL = ".partial"
 MOST_DEALT = 16  # each process looks at the texts of a whole step to deal them evenly: 0.1 ms a sample
-
-
-def barrier() -> None:
-    """Wait for all processes."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-
-
-def sum_over_processes(values: Tensor) -> Tensor:
-    """The element-wise sum of `values` over all processes."""
-    if torch.distributed.is_initialized() and world_size() > 1:
-        torch.distributed.all_reduce(values)
-    return values
 
 
 def peak_memory(device: torch.device) -> float:
@@ -97,6 +87,18 @@ class Epochs(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """`state.epoch` counts whole and partial epochs; a resumed run begins inside one."""
         self.train_set.set_epoch(int(state.epoch or 0))
+
+
+class Replacing(TrainerCallback):
+    """Removes the run that this one replaces (`--overwrite_output_dir`) as soon as there is a complete checkpoint."""
+
+    def __init__(self, folder: RunFolder):
+        self.folder = folder
+
+    def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """A checkpoint is there."""
+        if is_main():
+            self.folder.drop_replaced()
 
 
 class Ranking:
@@ -205,24 +207,73 @@ class RecTrainer(Trainer):
         tasks: the names that the numbers in a batch's `tasks` stand for.
         task_set: further validation samples, for the loss of each task alone; the evaluation loss leaves them out.
         ranking: called with the model after each evaluation; its figures join the evaluation's.
+        beside_checkpoint: writes to the folder that it is given what belongs beside a checkpoint's weights.
+        loss_average: "batch" or "token", what the loss of an optimiser's step is (`compute_loss`).
     """
 
-    def __init__(self, *args: Any, tasks: list[str], task_set: Any = None, ranking: Any = None, **more: Any):
+    def __init__(
+        self,
+        *args: Any,
+        tasks: list[str],
+        task_set: Any = None,
+        ranking: Any = None,
+        beside_checkpoint: Callable[[Path], None] | None = None,
+        loss_average: str = "batch",
+        **more: Any,
+    ):
         super().__init__(*args, **more)
+        self.beside_checkpoint = beside_checkpoint
         self.tasks, self.task_set, self.ranking = tasks, task_set, ranking
-        self.model_accepts_loss_kwargs = True  # compute_loss divides by all labelled tokens of the step itself
+        self.model_accepts_loss_kwargs = loss_average == "token"  # then compute_loss is told the step's labelled tokens
+        self.args.logging_nan_inf_filter = False  # it would hide what `_get_grad_norm` looks for
         self.head = LabelledHead(self.accelerator.unwrap_model(self.model))
         self._sums = torch.zeros(len(tasks), 2, dtype=torch.float64)  # loss and labelled tokens since the last line
         self._seen = torch.zeros(2, dtype=torch.float64)  # tokens and samples since the last line
         self._clock = time.monotonic()
 
     def get_train_dataloader(self) -> Any:
-        """transformers' own; packed rows of several processes are made about as long as each other."""
+        """transformers' own; packed rows of several processes are made about as long as each other.
+
+        Only where the loss is one mean over all tokens of a step: which process has a sample changes the means of batches.
+        """
         loader = super().get_train_dataloader()
         batches = getattr(loader.batch_sampler, "batch_sampler", None)  # accelerate's shard of the batches
-        if self.data_collator.packing and batches is not None and 1 < world_size() <= MOST_DEALT:
+        free = self.data_collator.packing and self.model_accepts_loss_kwargs
+        if free and batches is not None and 1 < world_size() <= MOST_DEALT:
             batches.sampler = EvenRows(batches.sampler, self.train_dataset, batches.batch_size, world_size())
         return loader
+
+    def _run_epoch(self, *args: Any, **more: Any) -> None:
+        """The `Trainer`'s, unless all steps are done: a run that was cut off while it saved its last model goes on from there."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **more)
+        else:
+            self.control.should_training_stop = True
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The `Trainer`'s, before the step is made (DeepSpeed has made it by then).
+
+        Raises:
+            UserError: the loss or the gradient is not finite. In float16 gradients may be: those steps are left out.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        step = self.state.global_step + 1
+        self._check_finite(step, "the loss", float(sum_over_processes(self._tr_loss.clone())))
+        if norm is not None and not self.args.fp16:  # of a gradient that is not finite DeepSpeed says -1
+            self._check_finite(step, "the gradient's norm", float(norm) if norm >= 0 else math.nan)
+        return norm
+
+    def _check_finite(self, step: int, what: str, value: float) -> None:
+        """All processes must see the same `value`; the main one speaks."""
+        if not math.isfinite(value):
+            if not is_main():
+                sys.exit(2)
+            kept = checkpoints(Path(self.args.output_dir))
+            raise UserError(
+                f"step {step}: {what} is {value}, so that nothing can be learned from here on; try a lower --learning_rate, "
+                "or another --base_model if this is the first step. "
+                + (f"The last checkpoint is {kept[-1]}" if kept else "There is no checkpoint yet")
+            )
 
     # ---- loss ----
 
@@ -244,13 +295,17 @@ class RecTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
-        """The mean over all labelled tokens of the optimiser's step, on all processes and accumulated batches."""
+        """A micro-batch's part of the loss of an optimiser's step.
+
+        `batch`: the mean over the micro-batch's own labelled tokens, 0 without any. The `Trainer` divides it by the number of
+        accumulated micro-batches, and the processes' gradients are averaged: a plain mean of means.
+        `token`: the mean over all labelled tokens of the step, on all processes and accumulated micro-batches.
+        """
         losses, tasks = self.token_losses(model, inputs)
         self._count(inputs, losses.detach(), tasks)
         if num_items_in_batch is None:
-            return losses.mean()
-        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return losses.sum() * scale / num_items_in_batch
+            return losses.sum() / max(1, len(losses))
+        return losses.sum() * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
 
     def _count(self, inputs: dict[str, Any], losses: Tensor, tasks: Tensor) -> None:
         self._sums = self._sums.to(losses.device)
@@ -285,6 +340,7 @@ class RecTrainer(Trainer):
         model.eval()
         sums = self._loss_sums(model, eval_dataset or self.eval_dataset)
         metrics = {f"{metric_key_prefix}_loss": (sums[:, 0].sum() / sums[:, 1].sum()).item()}
+        self._check_finite(self.state.global_step, "the validation loss", metrics[f"{metric_key_prefix}_loss"])
         if self.task_set is not None:
             sums += self._loss_sums(model, self.task_set)
             for name, (loss, count) in zip(self.tasks, sums.tolist(), strict=True):
@@ -341,6 +397,8 @@ class RecTrainer(Trainer):
         barrier()
 
     def _finish_checkpoint(self, folder: Path, final: Path, best: Path) -> None:
+        if self.beside_checkpoint:
+            self.beside_checkpoint(folder)
         self.state.save_to_json(str(folder / "trainer_state.json"))
         for path in folder.rglob("*"):
             if path.is_file():

@@ -9,9 +9,12 @@ import json
 import os
 import platform
 import random
+import re
+import stat
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -81,24 +84,78 @@ def say(*words: Any, file: Any = None) -> None:
 # ---- files ----
 
 
+def regular_file(path: str | Path) -> Path:
+    """`path` if it is a regular file: a pipe or a device would be waited for, for ever. Raises UserError."""
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', error)})") from None
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{path}: is a folder, not a file")
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path}: is not a regular file")
+    return path
+
+
+def parse_json(content: bytes) -> Any:
+    """The value of a UTF-8 JSON text from anybody.
+
+    Raises:
+        ValueError: it is not JSON, names a key twice, or holds what no UTF-8 file can (half of a surrogate pair); the
+            message says where as far as that is known.
+    """
+    try:
+        value = json.loads(content.decode("utf-8-sig"), object_pairs_hook=_unique_keys)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"broken JSON at line {error.lineno}, column {error.colno} ({error.msg})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise ValueError("broken JSON (nested too deep)") from None
+    except ValueError as error:
+        if "int_max_str_digits" in str(error):
+            raise ValueError("broken JSON (a number of thousands of digits)") from None
+        raise
+    if re.search(rb"\\u[dD][89a-fA-F]", content):
+        _refuse_half_characters(value)
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice[:80]!r} occurs twice")
+    return found
+
+
+def _refuse_half_characters(value: Any) -> None:
+    waiting = [value]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict):
+            waiting += [*each.keys(), *each.values()]
+        elif isinstance(each, list):
+            waiting += each
+        elif isinstance(each, str) and re.search("[\ud800-\udfff]", each):
+            raise ValueError(f"the text {ascii(each)[:80]} is not valid Unicode (half of a surrogate pair)")
+
+
 def read_json(path: str | Path) -> Any:
     """The content of a UTF-8 JSON file.
 
     Raises:
-        UserError: the file is missing, unreadable or not JSON; the message names file, line and column.
+        UserError: the file is missing, no regular file, unreadable or not JSON (`parse_json`); the message names it.
     """
-    path = Path(path)
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        return parse_json(regular_file(path).read_bytes())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: broken JSON at line {error.lineno}, column {error.colno} ({error.msg})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 @contextlib.contextmanager

@@ -2,7 +2,20 @@
 
 import pytest
 
-from arguments import add_data, add_global, add_test, add_train, make_parser, parse_tasks
+from arguments import (
+    ALL,
+    LORA,
+    TRAIN,
+    Role,
+    add_data,
+    add_global,
+    add_test,
+    add_train,
+    make_parser,
+    parse_given,
+    parse_tasks,
+    with_role,
+)
 from utils import UserError
 
 DEFAULTS = """
@@ -38,10 +51,7 @@ def test_defaults_are_the_originals():
 
 
 def test_a_task_list_with_its_numbers():
-    args = parser_of(add_data).parse_args(
-        ["--tasks", "seqrec, ItemSearch", "--train_prompt_sample_num", "2,1", "--train_data_sample_num", "0,50"]
-    )
-    assert parse_tasks(args) == [("seqrec", 2, 0), ("itemsearch", 1, 50)]
+    assert parse_tasks("seqrec, ItemSearch", "2,1", "0,50") == [("seqrec", 2, 0), ("itemsearch", 1, 50)]
 
 
 @pytest.mark.parametrize(
@@ -57,14 +67,52 @@ def test_a_task_list_with_its_numbers():
     ],
 )
 def test_lists_that_do_not_fit(flags, message):
+    args = parser_of(add_data).parse_args(flags)
     with pytest.raises(UserError, match=message):
-        parse_tasks(parser_of(add_data).parse_args(flags))
+        parse_tasks(args.tasks, args.train_prompt_sample_num, args.train_data_sample_num)
 
 
-def test_batch_size_is_a_number_or_auto(capsys):
+def test_batch_size_is_a_number_or_auto():
     parser = parser_of(add_test)
     assert parser.parse_args(["--test_batch_size", "auto"]).test_batch_size == "auto"
     assert parser.parse_args(["--test_batch_size", "8"]).test_batch_size == 8
-    with pytest.raises(SystemExit) as caught:
-        parser.parse_args(["--test_batch_size", "0"])
-    assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "flags",
+    """--test_batch_size 0|--seed -1|--seed 18446744073709551616|--epochs nan|--epochs 0|--learning_rate nan
+    --learning_rate inf|--learning_rate 0|--warmup_ratio -1|--warmup_ratio 1|--model_max_length 0|--model_max_length -5
+    --weight_decay -3|--save_total_limit -1|--save_total_limit 0|--sample_num 0|--max_steps 0|--num_beams 0|--gpu_id -1
+    --lora_dropout 1|--lora_r 0|--eval_ranking -1|--per_device_batch_size 1e3|--logging_step 0|--max_his_len -2
+    --dtype int8|--seed ²|--num_beams 999999999999999999999999|--dataset \udcff|--no_such_flag 1|--seed""".replace(
+        "\n    ", "|"
+    ).split("|"),
+)
+def test_what_is_out_of_range_is_one_line_that_names_the_flag(flags):
+    parser = parser_of(add_global, add_data, add_test)
+    if any(f"--{flag.name}" == flags.split()[0] for flag in TRAIN + LORA):
+        parser = parser_of(add_global, add_data, add_train)
+    with pytest.raises(UserError) as caught:
+        parser.parse_args(flags.split())
+    assert flags.split()[0] in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_which_prompt_flags_were_given():
+    parser = parser_of(add_global, add_data, add_test)
+    args, given = parse_given(parser, ["--max_his_len", "20", "--no_eos"])
+    assert given == {"max_his_len", "no_eos"}
+    assert (args.max_his_len, args.no_eos, args.his_sep, args.add_prefix, args.prompt_file) == (
+        20,
+        True,
+        ", ",
+        False,
+        None,
+    )
+    assert vars(args) == vars(parser.parse_args(["--no_eos"]))
+
+
+def test_every_flag_is_defined_once_and_has_one_role():
+    roles = {}
+    for flag in ALL:
+        assert roles.setdefault(flag.name, flag.role) == flag.role
+    assert {"output_dir", "deepspeed", "prompt_file"} <= with_role(Role.FREE) and "seed" in with_role(Role.RESULT)

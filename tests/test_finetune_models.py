@@ -16,6 +16,7 @@ from collator import TrainCollator, encode_samples
 from data import USER_PARTS, load_data
 from modeling import add_item_tokens, grow_vocabulary, item_trie, load_model, load_tokenizer
 from prompt import load_prompts
+from prompt_style import PromptStyle
 from samples import TaskValidSet, ValidSet
 from tasks import HistoryFormat
 from utils import UserError
@@ -79,7 +80,7 @@ def test_every_architecture_trains_and_reloads(name, tmp_path):
 def used_tokens(folder: Path, options: list[str]) -> set[int]:
     """All tokens of the training samples of an epoch."""
     args = finetune.parse(options)
-    _, train_set, _ = finetune.load_datasets(args)
+    _, train_set, _ = finetune.load_datasets(args, PromptStyle.of_flags(args))
     tokenizer = load_tokenizer(folder / "out")
     samples = [train_set[i] for i in range(len(train_set))]
     rows, _ = encode_samples(tokenizer, [s["prompt"] for s in samples], [s["response"] for s in samples], 2048)
@@ -135,12 +136,12 @@ def test_text_after_an_item_token_is_cut_as_the_tokenizers_files_say(tmp_path, l
 
 @pytest.mark.parametrize("only_response", [True, False])
 @pytest.mark.parametrize("packing", [False, True])
-def test_losses_are_those_of_a_plain_trainer_on_a_collation_by_hand(tmp_path, only_response, packing):
+def test_losses_over_all_tokens_are_those_of_a_plain_trainer_on_a_collation_by_hand(tmp_path, only_response, packing):
     from transformers import Trainer
 
     make_model("llama", tmp_path / "base")
     write_dataset(tmp_path / "data")
-    more = ["--max_steps", "20", "--epochs", "9", "--learning_rate", "3e-3"]
+    more = ["--max_steps", "20", "--epochs", "9", "--learning_rate", "3e-3", "--loss_average", "token"]
     more += ["--only_train_response"] * only_response + ["--packing"] * packing
     ours = finetune.prepare(finetune.parse(flags(tmp_path, *more, out="ours")))
     ours.trainer.train()
@@ -191,7 +192,7 @@ def test_a_pretrained_model_from_gguf_goes_on_from_what_it_knows(tmp_path):
     run.trainer.train()
     assert run.trainer.state.global_step == 3
     assert loss_by_hand(run.model.eval(), run.tokenizer, samples) < at_first
-    finetune.save_final(run.trainer, run.tokenizer, run.folder, lora=False)
+    finetune.save_final(run)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert len(ids) == 14 and tokenizer.convert_tokens_to_ids(ITEM_TOKENS) == ids == list(range(49152, 49166))

@@ -167,7 +167,7 @@ def test_two_processes_with_zero3_from_finetune_to_a_plain_model(world, zero3):
 
 @pytest.mark.slow
 def test_two_processes_without_deepspeed_have_the_losses_of_one(world):
-    flags = ["--deepspeed", "none", "--epochs", "1"]
+    flags = ["--deepspeed", "none", "--epochs", "1", "--loss_average", "token"]
     inside(command(world, *flags, out="one"))
     # packed: samples are dealt to the processes by length, within a step
     run(command(world, *flags, "--per_device_batch_size", "2", "--packing", processes=2, out="ddp"))
@@ -429,7 +429,7 @@ def test_lora_from_finetune_to_a_model_that_scores_as_the_adapter_says(world, pr
 
 def check_adapter_and_merged_model_rank_alike(world: Path, adapter: Path) -> None:
     """test.py --lora and, after merge_lora.py, test.py."""
-    import scoring
+    import testing
     from convert import merge_lora
 
     merged = world / "merged"
@@ -443,7 +443,7 @@ def check_adapter_and_merged_model_rank_alike(world: Path, adapter: Path) -> Non
     ):
         flags += ["--data_path", str(world / "data"), "--dataset", "Toy", "--num_beams", "10", "--test_batch_size", "8"]
         target = world / f"result{len(results)}.json"
-        scoring.run(scoring.make_test_parser("").parse_args([*flags, "--results_file", str(target)]), single=True)
+        testing.test_checkpoint("", [*flags, "--results_file", str(target)], single=True)
         lines = (world / f"{target.stem}.predictions.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
         results.append((json.loads(target.read_text())["mean_results"], [row["items"] for row in rows]))

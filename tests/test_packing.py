@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tiny_models import ARCHITECTURES, make_model
 
 from collator import IGNORE, ROUND, pack
-from packing import PACKED, LabelledHead, check_packing, packed_attention
+from packing import PACKED, LabelledHead, check_packing, float32, packed_attention
 from utils import UserError
 
 
@@ -133,6 +133,24 @@ def test_a_model_that_mixes_packed_samples_is_refused(tmp_path, dtype):
     model.model.layers[0].register_forward_hook(lambda _, __, out: out + out.mean(1, keepdim=True))
     with pytest.raises(UserError, match="--packing: LlamaForCausalLM does not keep packed samples apart"):
         check_packing(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_trial_of_a_16_bit_model_is_exact_and_leaves_it_as_it_was(tmp_path, tied):
+    """In bfloat16 itself two ways to compute the same differ by percents: one of twenty vocabularies was refused."""
+    model = make_model("llama", tmp_path / "base", initializer_range=0.3, tie_word_embeddings=tied).bfloat16().eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad(), float32(model):
+        got = model(ids).logits
+    check_packing(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
+    with torch.no_grad():
+        assert not torch.equal(model(ids).logits.float(), got)
+        torch.testing.assert_close(model.float()(ids).logits, got)
 
 
 def test_rows_are_laid_end_to_end_and_first_tokens_have_no_label():

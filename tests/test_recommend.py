@@ -16,10 +16,12 @@ from collator import encode_prompts
 from data import load_data
 from modeling import load_for_test
 from prompt import load_prompts
+from prompt_style import PromptStyle
 from tasks import HistoryFormat
 from utils import UserError
 
 ROOT = Path(__file__).parents[1]
+STYLE = PromptStyle(load_prompts(), HistoryFormat())
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def world(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def recommender(world) -> recommend.Recommender:
     model, tokenizer = load_for_test(str(world / "ckpt"))
-    return recommend.Recommender(model, tokenizer, load_data(str(world), "toy"), load_prompts())
+    return recommend.Recommender(model, tokenizer, load_data(str(world), "toy"), STYLE)
 
 
 def flags(world: Path, *more: str) -> list[str]:
@@ -122,7 +124,6 @@ def test_a_loaded_process_answers_line_by_line(world):
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        text=True,
     )
     answers = []
     for line in (
@@ -130,17 +131,35 @@ def test_a_loaded_process_answers_line_by_line(world):
         '{"user": "nobody", "id": 5}',
         "{",
         "[]",
+        "[" * 200_000,
+        '{"user": ' + "9" * 5000 + "}",
+        '{"query": "\\ud800"}',
+        "\xff",
+        '{"user": "3", "user": "4"}',
+        json.dumps({"query": "lamp " * 100_000}),
+        '{"user": "3", "exclude_history": "false"}',
         '{"history": [1, 2], "top_k": 1}',
     ):
-        process.stdin.write(line + "\n")
+        process.stdin.write(line.encode("latin-1") + b"\n")
         process.stdin.flush()
         answers.append(json.loads(process.stdout.readline()))
     process.stdin.close()
     assert process.wait(timeout=60) == 0
     assert answers[0]["id"] == "x" and len(answers[0]["items"]) == 10
     assert answers[1]["id"] == 5 and "nobody" in answers[1]["error"]
-    assert "not JSON" in answers[2]["error"] and "an object" in answers[3]["error"]
-    assert answers[4]["history"] == [1, 2] and len(answers[4]["items"]) == 1
+    wanted = [
+        "broken JSON",
+        "an object",
+        "nested too deep",
+        "broken JSON",
+        "surrogate",
+        "not UTF-8",
+        "'user' occurs twice",
+    ]
+    wanted += ["the model takes", "must be true or false"]
+    for answer, words in zip(answers[2:-1], wanted, strict=True):
+        assert words in answer["error"]
+    assert answers[-1]["history"] == [1, 2] and len(answers[-1]["items"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -162,7 +181,7 @@ def test_wrong_requests_are_told(recommender, line, message):
 
 def test_templates_that_do_not_fit_are_refused(recommender):
     other = recommend.Recommender(
-        recommender.scorer.model, recommender.scorer.tokenizer, recommender.data, load_prompts(), prompt_id=3
+        recommender.scorer.model, recommender.scorer.tokenizer, recommender.data, STYLE, prompt_id=3
     )
     assert other.answer([other.request({"history": [4]})])[0]["items"]
     with pytest.raises(UserError, match="--prompt_id 3: of itemsearch only 6, 7, 8, 9, 10"):
@@ -170,7 +189,7 @@ def test_templates_that_do_not_fit_are_refused(recommender):
 
 
 def test_table_is_readable(world, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO('{"user": "nobody"}\n'))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"user": "nobody"}\n')))
     capsys.readouterr()
     recommend.main(flags(world, "--history", "3", "5", "--top_k", "2", "--format", "table", "--requests", "-"))
     shown = capsys.readouterr().out.splitlines()

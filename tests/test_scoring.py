@@ -1,6 +1,5 @@
 """test.py in one process: what it writes, resumes, refuses, and how it copes with too little memory."""
 
-import argparse
 import json
 import math
 import shutil
@@ -12,9 +11,16 @@ import torch
 from scoring_world import make_world
 
 import evaluate
+import results
 import scoring
 import test as test_script
 import test_ddp as test_ddp_script
+import testing
+from data import load_data
+from prompt import load_prompts
+from prompt_style import PromptStyle
+from run_folder import model_fingerprint
+from tasks import HistoryFormat
 from utils import UserError
 
 
@@ -124,8 +130,8 @@ def test_goes_on_from_whatever_an_interruption_left(world, whole, tmp_path, monk
     part = tmp_path / "r.partial/part-00000.jsonl"
     part.write_bytes(part.read_bytes()[: math.floor(part.stat().st_size * cut)])  # kill -9 in the midst of a write
     made = []
-    append = scoring.Store.append
-    monkeypatch.setattr(scoring.Store, "append", lambda self, rows: (made.extend(rows), append(self, rows)))
+    append = results.Store.append
+    monkeypatch.setattr(results.Store, "append", lambda self, rows: (made.extend(rows), append(self, rows)))
     score(world, tmp_path / "r.json", "--test_prompt_ids", "0,5")
     wanted = contents(whole)
     found = contents(tmp_path)
@@ -140,11 +146,11 @@ def test_an_interruption_while_the_results_are_written(world, whole, tmp_path, m
     for step in ("write_json", "_remove_partial"):
         folder = tmp_path / step
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            target = scoring.Store if step.startswith("_") else scoring
+            target = results.Store if step.startswith("_") else results
             original = getattr(target, step)
 
             def broken(*args, original=original):
-                if isinstance(args[0], scoring.Store) or str(args[0]).endswith("r.json"):
+                if isinstance(args[0], results.Store) or str(args[0]).endswith("r.json"):
                     raise KeyboardInterrupt
                 return original(*args)
 
@@ -158,7 +164,7 @@ def test_an_interruption_while_the_results_are_written(world, whole, tmp_path, m
 
 def test_a_complete_run_is_only_summed_up_again(world, whole, tmp_path, monkeypatch):
     shutil.copytree(whole, tmp_path / "c")
-    monkeypatch.setattr(scoring, "load_for_test", None)  # the model is not even loaded
+    monkeypatch.setattr(testing, "load_for_test", None)  # the model is not even loaded
     found = score(world, tmp_path / "c/r.json", "--test_prompt_ids", "0,5", "--metrics", "hit@3")
     assert list(found["mean_results"]) == ["hit@3"]
     assert (tmp_path / "c/r.predictions.jsonl").read_bytes() == (whole / "r.predictions.jsonl").read_bytes()
@@ -203,9 +209,25 @@ def test_another_checkpoint_and_other_data_are_refused(world, whole, tmp_path):
 @pytest.mark.parametrize("name", ["r.json", "r.predictions.jsonl"])
 def test_files_of_others_are_not_overwritten(world, tmp_path, name):
     (tmp_path / name).write_text('{"mean_results": {}}\n')
-    with pytest.raises(UserError, match="--restart"):
-        score(world, tmp_path / "r.json")
-    assert contents(tmp_path) == {name: b'{"mean_results": {}}\n'}
+    for restart in ([], ["--restart"]):
+        with pytest.raises(UserError, match="name another --results_file"):
+            score(world, tmp_path / "r.json", *restart)
+        assert contents(tmp_path) == {name: b'{"mean_results": {}}\n'}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"{}", b"[]", b"\xff", b"[" * 100_000, b'{"prompt_id": 0, "sample": 0, "target": 1, "items": []}']
+    + [b'{"prompt_id": 0, "sample": 0, "target": 99, "items": [1, 2, 3, 4, 5, 6, 7, 8]}'],
+)
+def test_partial_lines_of_something_else_are_made_anew(world, whole, tmp_path, monkeypatch, line):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 9)
+        score(world, tmp_path / "r.json", "--test_prompt_ids", "0,5")
+    part = tmp_path / "r.partial/part-00000.jsonl"
+    part.write_bytes(line + b"\n" + b"\n".join(part.read_bytes().split(b"\n")[1:]))
+    score(world, tmp_path / "r.json", "--test_prompt_ids", "0,5")
+    assert (tmp_path / "r.predictions.jsonl").read_bytes() == (whole / "r.predictions.jsonl").read_bytes()
 
 
 # ---- tasks and prompts ----
@@ -243,13 +265,42 @@ def test_mistakes_are_told(world, tmp_path, flags, message):
         score(world, tmp_path / "r.json", *flags)
 
 
-def test_other_flags_than_in_training_are_noted(world, tmp_path, capsys):
+def test_a_model_is_asked_as_it_was_trained_unless_a_flag_says_otherwise(world, tmp_path, capsys):
     shutil.copytree(world / "ckpt", tmp_path / "ckpt")
-    arguments = {"his_sep": "", "no_eos": False, "prompt_file": None, "max_his_len": 20, "learning_rate": 1}
-    (tmp_path / "ckpt" / "run.json").write_text(json.dumps({"arguments": arguments}))
-    score(world, tmp_path / "r.json", "--ckpt_path", str(tmp_path / "ckpt"), "--no_eos")
-    notes = [line for line in capsys.readouterr().out.splitlines() if "was trained with" in line]
-    assert [note.split()[1] for note in notes] == ["--his_sep", "--no_eos"]
+    flags = ("--his_sep", " | ", "--no_eos", "--max_his_len", "3")
+    frame = {
+        "sft_prompt": "{instruction} = {response}",
+        "all_prompt": {"seqrec": [{"instruction": "{inters}", "response": "{item}"}]},
+    }
+    (tmp_path / "p.json").write_text(json.dumps(frame))
+    told = score(world, tmp_path / "told.json", *flags, "--prompt_file", str(tmp_path / "p.json"))
+    form = HistoryFormat(3, False, " | ")
+    data = load_data(str(world), "toy")
+    PromptStyle(load_prompts(str(tmp_path / "p.json")), form, True, "toy").save(tmp_path / "ckpt", data)
+    known = score(world, tmp_path / "known.json", "--ckpt_path", str(tmp_path / "ckpt"))
+    assert (tmp_path / "known.predictions.jsonl").read_bytes() == (tmp_path / "told.predictions.jsonl").read_bytes()
+    for key in ("max_his_len", "his_sep", "no_eos", "add_prefix"):
+        assert known["config"]["arguments"][key] == told["config"]["arguments"][key]
+    capsys.readouterr()
+    score(world, tmp_path / "other.json", "--ckpt_path", str(tmp_path / "ckpt"), "--max_his_len", "2", "--no_eos")
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: --")]
+    assert len(notes) == 1 and "--max_his_len 2 instead of 3" in notes[0]
+    assert lines(tmp_path / "other.json") != lines(tmp_path / "known.json")
+
+
+def test_an_index_file_that_changed_since_the_training_is_refused(world, tmp_path, capsys):
+    shutil.copytree(world, tmp_path / "w")
+    data = load_data(str(world), "toy")
+    PromptStyle(load_prompts(), HistoryFormat(), False, "toy").save(tmp_path / "w/ckpt", data)
+    path = tmp_path / "w/toy/toy.index.json"
+    index = json.loads(path.read_text())
+    index["4"], index["7"] = index["7"], index["4"]
+    path.write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"toy\.index\.json: item 4 is .* the model learned .*--allow_other_index"):
+        score(tmp_path / "w", tmp_path / "r.json")
+    assert not (tmp_path / "r.json").exists()
+    assert score(tmp_path / "w", tmp_path / "r.json", "--allow_other_index")
+    assert "warning: " in capsys.readouterr().out
 
 
 def test_prompts_of_a_users_own_file(world, tmp_path):
@@ -302,10 +353,10 @@ def test_a_model_without_finite_numbers_is_told(world, tmp_path, monkeypatch):
 
 def test_fingerprint_sees_every_part(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(bytes(2_000_000))
-    before = scoring.fingerprint(str(tmp_path))
+    before = model_fingerprint(tmp_path)
     for content in (bytes(2_000_001), b"\1" + bytes(1_999_999), bytes(1_999_999) + b"\1"):
         (tmp_path / "model.safetensors").write_bytes(content)
-        assert scoring.fingerprint(str(tmp_path)) != before
+        assert model_fingerprint(tmp_path) != before
 
 
 def test_progress_is_told_once_a_minute(monkeypatch, capsys):
@@ -325,4 +376,3 @@ def test_help_names_every_flag_with_its_default(capsys):
     shown = capsys.readouterr().out
     for flag in ("--test_task", "--test_prompt_ids", "--prompt_file", "--restart", "--dtype", "--num_beams"):
         assert flag in shown
-    assert isinstance(scoring.make_test_parser(""), argparse.ArgumentParser)

@@ -107,23 +107,22 @@ def test_any_number_of_processes_gives_the_same(world, single, tmp_path, process
     assert_same(tmp_path / "r.json", single)
 
 
-def test_two_nodes_give_the_same(world, single, tmp_path):
-    """Two torchrun agents on loopback; their results folders differ, as those of nodes without a common disk.
+@pytest.mark.parametrize("shared", [True, False])
+def test_two_nodes(world, single, tmp_path, shared):
+    """Two torchrun agents on loopback give the same; without a disk that both see they stop with one line.
 
     Both nodes have a local rank 0, so a local rank that is taken for a global one would show.
     """
-    port = free_port()
-    (tmp_path / "1/r.partial").mkdir(parents=True)  # the second node has something left of another run
-    stale = {"prompt_id": 0, "sample": 0, "user": "0", "target": 1, "target_item": 1, "items": [1], "scores": [0.0]}
-    (tmp_path / "1/r.partial/part-00001.jsonl").write_text(json.dumps(stale) + "\n")
-    nodes = []
+    port, nodes = free_port(), []
     for node in (0, 1):
         where = ("--nnodes=2", f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}")
-        nodes.append(start(world, tmp_path / f"{node}/r.json", 1, *where))
-    for node in nodes:
-        finish(node)
-    assert_same(tmp_path / "0/r.json", single)
-    assert not any((tmp_path / "1").iterdir())
+        folder = "0" if shared else str(node)
+        nodes.append(start(world, tmp_path / folder / "r.json", 1, *where))
+    said = [finish(node, code=0 if shared else 1) for node in nodes]
+    if shared:
+        assert_same(tmp_path / "0/r.json", single)
+    else:
+        assert "every process must see this folder" in said[1]
 
 
 def predictions(folder: Path) -> int:
@@ -188,4 +187,4 @@ def environment(pid: int) -> dict[str, str]:
 def test_a_mistake_is_told_once(world, tmp_path):
     (tmp_path / "r.json").write_text("{}")
     output = finish(start(world, tmp_path / "r.json", 2), code=1)
-    assert output.count("error: ") == 1 and "--restart" in output
+    assert output.count("error: ") == 1 and "name another --results_file" in output

@@ -1,11 +1,10 @@
-"""Read what a run has left: results of test.py, ranked lists, the log of the training. Checked, since they may be anybody's.
+"""What the report shows of scored runs: results of test.py with their ranked lists, compared with the data they are of.
 
 The lists are read one after the other; kept is a rank for each user and prompt, and the lists of a few users.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from data import RecData
-from evaluate import read_predictions
 from metrics.ranking import rank_of
-from utils import UserError, checkpoints, read_json, sha256
+from results import read_predictions
+from utils import UserError, read_json, sha256
 
 SHOWN = 8  # users whose lists are kept
 
@@ -63,7 +62,8 @@ def read_run(path: Path, label: str, data: RecData, seed: int = 0) -> Scored:
     results = read_json(path)
     if not isinstance(results, dict):
         raise UserError(f"{path}: is not a results file of test.py")
-    config = results.get("config") if isinstance(results.get("config"), dict) else {}
+    config = results.get("config")
+    config = config if isinstance(config, dict) else {}
     task = config.get("task", "seqrec")
     if task != "seqrec":
         raise UserError(f"{path}: is of the task {task}; the references are for seqrec")
@@ -111,8 +111,6 @@ class _Lists:
         for item in items:
             if type(item) is not int or not 0 <= item < len(data.titles):
                 raise UserError(f"{where}: the item {item!r} is not in {data.name}")
-        if len(set(items)) < len(items):
-            raise UserError(f"{where}: an item is named twice")
         history = data.inters[user]
         target = data.canonical[history[-1]]
         if record["target"] != target:
@@ -144,31 +142,3 @@ class _Lists:
             raise UserError(f"{self.path}: the prompts have different users; score them all with one command")
         users = np.flatnonzero(there[0])
         return users, found[:, users, 0], found[:, users, 1]
-
-
-def log_history(checkpoint: Path) -> list[dict[str, float]]:
-    """What was logged in training: finite numbers by name, with `step`, from the newest `trainer_state.json` in `checkpoint`."""
-    try:
-        own = checkpoint / "trainer_state.json"
-        newest = own if own.is_file() else checkpoints(checkpoint)[-1] / own.name
-        history = read_json(newest)["log_history"]
-        rows = [
-            {
-                str(key): float(value)
-                for key, value in row.items()
-                if type(value) in (int, float) and math.isfinite(value)
-            }
-            for row in history
-        ]
-    except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
-        return []
-    return [row for row in rows if "step" in row]
-
-
-def run_record(checkpoint: Path) -> dict[str, Any]:
-    """The training's `run.json`; {} if there is none that can be read."""
-    try:
-        content = read_json(checkpoint / "run.json")
-    except (UserError, OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}

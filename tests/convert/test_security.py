@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pickle
 import shutil
 import sys
@@ -140,7 +141,7 @@ def test_an_adapter_for_testing(tmp_path, witness):
     save_tokenizer(tmp_path / "base")
     save_tokenizer(tmp_path / "adapter", ITEM_TOKENS)
     write_adapter(tmp_path / "adapter", witness)
-    with pytest.raises(UserError, match="code.*not run"):
+    with pytest.raises(UserError, match="could run code, so it was not read"):
         load_for_test(str(tmp_path / "adapter"), base_model=str(tmp_path / "base"), lora=True)
 
 
@@ -201,28 +202,27 @@ def test_checkpoint_is_scanned_before_deepspeed_or_the_trainer_unpickles(checkpo
 
 @pytest.mark.parametrize("place", ["optimizer state", "training arguments", "random state"])
 def test_resuming_a_run(checkpoint, witness, place):
-    from finetune import find_resume
+    from resume import find_resume
 
-    (checkpoint / "trainer_state.json").write_text("{}")
-    args = argparse.Namespace(resume_from_checkpoint=str(checkpoint), lora=False)
-    assert find_resume(args, checkpoint.parent)[0] == checkpoint
+    state = {"global_step": 2, "best_global_step": None, "log_history": []}
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    assert find_resume(str(checkpoint), False, checkpoint.parent)[0] == checkpoint
     write_bomb(checkpoint / SHARDS[place], witness)
     with pytest.raises(UserError, match="would run foreign code when loaded"):
-        find_resume(args, checkpoint.parent)
+        find_resume(str(checkpoint), False, checkpoint.parent)
 
 
 def test_going_on_from_an_adapter(tmp_path, witness):
-    from finetune import find_resume
     from modeling import load_adapter
+    from resume import find_resume
 
     write_adapter(tmp_path, witness)
-    args = argparse.Namespace(resume_from_checkpoint=str(tmp_path), lora=True)
     with pytest.raises(UserError, match="adapter_model.bin: would run foreign code when loaded"):
-        find_resume(args, tmp_path / "run")
+        find_resume(str(tmp_path), True, tmp_path / "run")
     with pytest.raises(UserError, match="carries code, which was not run"):
         load_adapter(None, tmp_path)
     torch.save({}, tmp_path / "adapter_model.bin")
-    assert find_resume(args, tmp_path / "run") == (None, tmp_path)
+    assert find_resume(str(tmp_path), True, tmp_path / "run") == (None, tmp_path)
 
 
 @pytest.mark.slow
@@ -244,6 +244,27 @@ def test_an_archive_after_a_bare_pickle_does_not_hide_it(checkpoint, witness):
     path.write_bytes(pickle.dumps({"bomb": Bomb(witness)}, protocol=2) + innocent)
     assert zipfile.is_zipfile(path)
     assert scan_file(path) == ["<not a torch archive>"]
+
+
+@pytest.mark.parametrize("left", [0, 3, 300])
+def test_a_file_cut_short_is_not_called_foreign(checkpoint, left):
+    os.truncate(checkpoint / SHARDS["optimizer"], left)
+    with pytest.raises(UserError, match="optimizer.pt: cut short or damaged, not a whole file of torch.save"):
+        check_checkpoint(checkpoint)
+
+
+def test_foreign_code_is_said_before_what_is_damaged(checkpoint, witness):
+    os.truncate(checkpoint / SHARDS["model state"], 3)
+    write_bomb(checkpoint / SHARDS["scheduler"], witness)
+    with pytest.raises(UserError, match="scheduler.pt: would run foreign code"):
+        check_checkpoint(checkpoint)
+
+
+def test_a_pipe_in_place_of_a_file_is_refused(checkpoint):
+    (checkpoint / SHARDS["optimizer"]).unlink()
+    os.mkfifo(checkpoint / SHARDS["optimizer"])
+    with pytest.raises(UserError, match="optimizer.pt: not a regular file"):
+        check_checkpoint(checkpoint)
 
 
 def test_torchscript_and_hidden_opcodes_are_foreign(tmp_path, witness):

@@ -1,0 +1,273 @@
+"""The folder of a fine-tuning run (`--output_dir`): what may lie in it, and everything that is done to it.
+
+config.json, model.safetensors, …   the trained model, complete or absent (adapter_config.json, … with --lora)
+checkpoint-N/                       what a resumed run needs; it has its name when all of it is on the disk
+run.json                            `RunRecord`: command, arguments, versions, hashes, and which files the run wrote
+train.log, runs/                    a line for each logging step; the same for TensorBoard
+base_with_item_tokens/              until the run has ended: the base model with its new rows
+.replaced/                          the run before (--overwrite_output_dir), until this one has a checkpoint
+.lock                               held while a process trains here
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from arguments import Role, with_role
+from utils import UserError, checkpoints, read_json, say, sha256, write_json
+
+RECORD, LOG, TENSORBOARD = "run.json", "train.log", "runs"
+PREPARED, FINAL, REPLACED, LOCK = "base_with_item_tokens", ".final", ".replaced", ".lock"
+MODELS = ("config.json", "adapter_config.json")  # without one of them nothing loads a folder
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """`run.json`.
+
+    Args:
+        argv: the command, as words.
+        arguments: every flag with its value.
+        base_model: `model_fingerprint` of the base.
+        samples: `{"train": {task: samples an epoch}, "valid": samples}`.
+        files: name → `{"path", "sha256"}` of every file that the run read.
+        written: files that the run left in its folder, by name: they are its own, others are not.
+    """
+
+    argv: list[str]
+    arguments: dict[str, Any]
+    processes: int
+    base_model: str
+    samples: dict[str, Any]
+    files: dict[str, dict[str, str]]
+    versions: dict[str, str]
+    written: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: Path) -> RunRecord:
+        """The record in `path`. Raises UserError if it is none."""
+        content = read_json(path)
+        kinds = {"argv": list, "arguments": dict, "processes": int, "base_model": str}
+        kinds |= {"samples": dict, "files": dict, "versions": dict, "written": list}
+        if not isinstance(content, dict) or any(type(content.get(key)) is not kind for key, kind in kinds.items()):
+            raise UserError(f"{path}: is no record of a run of finetune.py")
+        if not all(isinstance(file, dict) and {"path", "sha256"} <= file.keys() for file in content["files"].values()):
+            raise UserError(f"{path}: 'files' must have path and sha256 of each file")
+        return cls(**{key: content[key] for key in kinds})
+
+    def write(self, folder: Path) -> None:
+        """Write `run.json` to `folder`."""
+        write_json(folder / RECORD, asdict(self))
+
+    def check_same(self, now: RunRecord, where: Path) -> None:
+        """Refuse to go on as `now` with this run, whose data or settings were other ones.
+
+        Args:
+            where: the file of this record, for the message.
+
+        Raises:
+            UserError: names the first flag or file that differs.
+        """
+        free = with_role(Role.FREE)
+        for flag, value in now.arguments.items():
+            before = self.arguments.get(flag, value)
+            if flag not in free and before != value:
+                raise UserError(
+                    f"--{flag} is {value!r}, but the run to go on with had {before!r} ({where}); "
+                    "use the same command, or begin another run in another --output_dir"
+                )
+        if self.processes != now.processes:
+            raise UserError(f"{now.processes} processes, but the run to go on with had {self.processes} ({where})")
+        if self.base_model != now.base_model:
+            raise UserError(
+                f"--base_model {now.arguments['base_model']} is not the model that the run began with ({where})"
+            )
+        if set(self.files) != set(now.files):
+            names = ", ".join(sorted(set(self.files) ^ set(now.files)))
+            raise UserError(f"only one of the two runs uses {names} ({where}); use the same command, or begin anew")
+        for name, file in now.files.items():
+            if self.files[name]["sha256"] != file["sha256"]:
+                raise UserError(
+                    f"{file['path']} has changed since the run began ({where}); put the old file back, or begin anew"
+                )
+
+
+def model_fingerprint(model: str | Path) -> str:
+    """The SHA-256 over names and contents of a local model's settings, tokenizer and weights; a hub id as it is."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return f"hub:{model}"
+    patterns = ("*.safetensors", "*.bin", "*.gguf", "*config.json", "tokenizer*", "added_tokens.json")
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
+        digest.update(f"{path.name}\0{sha256(path)}\0".encode())
+    return digest.hexdigest()
+
+
+class RunFolder:
+    """One run's folder. Only the main process may call what changes it."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def record(self) -> RunRecord | None:
+        """The record of the run that lies here; None if there is none."""
+        return RunRecord.read(self / RECORD) if (self / RECORD).exists() else None
+
+    def refuse_if_taken(self, overwrite: bool, base_model: str) -> None:
+        """Make sure that a new run may begin here.
+
+        Raises:
+            UserError: there is a model already and no `overwrite`, or it is not a run's, or it is the base model.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--output_dir {self.path}: a file is in the way")
+        if Path(base_model).is_dir() and self.path.resolve() == Path(base_model).resolve():
+            raise UserError(f"--output_dir {self.path} is the base model's own folder; choose another one")
+        there = [name for name in MODELS if (self / name).exists()]
+        there += sorted(path.name for path in self.path.glob("checkpoint-*"))
+        if not there:
+            return
+        if not overwrite:
+            raise UserError(
+                f"{self.path} holds a run already ({there[0]}); go on with --resume_from_checkpoint auto, "
+                "replace it with --overwrite_output_dir, or choose another --output_dir"
+            )
+        if self.record() is None:
+            raise UserError(
+                f"{self.path}: {there[0]} is not of a run of finetune.py (no {RECORD}), so it is not overwritten"
+            )
+
+    # ---- one process at a time ----
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the folder and hold it against other runs within the block; an empty one is removed afterwards.
+
+        Raises:
+            UserError: another process trains here, or the folder cannot be written to.
+        """
+        lock = self / LOCK
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(f"--output_dir {self.path}: cannot be written to ({error.strerror})") from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not lock.exists() or os.fstat(handle).st_ino != lock.stat().st_ino:
+                raise BlockingIOError  # the other run has just ended and taken its lock along
+        except BlockingIOError:
+            os.close(handle)
+            raise UserError(
+                f"{self.path}: another training is writing here; wait for it, or choose another folder"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            os.close(handle)
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
+
+    def clear_partial(self) -> None:
+        """Remove what a killed process was writing; the run that it was about to replace comes back."""
+        for path in [*self.path.glob(".*.partial"), self / FINAL]:
+            shutil.rmtree(path, ignore_errors=True)
+        self.restore_replaced()
+
+    # ---- replacing the run before ----
+
+    def own_files(self) -> list[Path]:
+        """What the run here wrote, and the models that convert.sh made of its checkpoints."""
+        record = self.record()
+        names = [RECORD, LOG, TENSORBOARD, *(record.written if record else [])]
+        found = [self / name for name in names if Path(name).name == name and (self / name).exists()]
+        found += [path for path in self.path.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+        return found + [p for p in self.path.glob("final-checkpoint-*") if (p / "convert_report.json").is_file()]
+
+    def set_aside(self) -> None:
+        """Move the run that lies here into `.replaced/`, from where it comes back if the new one fails to begin."""
+        (self / REPLACED).mkdir()
+        for path in sorted(self.own_files(), key=lambda path: path.name == RECORD):  # the record last
+            path.rename(self / REPLACED / path.name)
+
+    def restore_replaced(self) -> None:
+        """Bring a replaced run back, unless the new one has a checkpoint or a model already."""
+        if not (self / REPLACED).is_dir():
+            return None
+        if checkpoints(self.path) or any((self / name).exists() for name in MODELS):
+            return self.drop_replaced()
+        for name in (RECORD, LOG, TENSORBOARD):  # what the new run had begun
+            if (self / REPLACED / name).exists() and (self / name).exists():
+                shutil.rmtree(self / name) if (self / name).is_dir() else (self / name).unlink()
+        for path in sorted((self / REPLACED).iterdir(), key=lambda path: path.name != RECORD):  # the record first
+            path.rename(self / path.name)
+        (self / REPLACED).rmdir()
+        say(f"{self.path}: the run that was to be replaced is back")
+        return None
+
+    def drop_replaced(self) -> None:
+        """Remove the run that has been replaced."""
+        shutil.rmtree(self / REPLACED, ignore_errors=True)
+
+    def give_up(self) -> None:
+        """After a failure: the prepared base goes, and so does what a new run had begun where it was to replace another."""
+        shutil.rmtree(self / PREPARED, ignore_errors=True)
+        self.restore_replaced()
+
+    # ---- the end ----
+
+    def finish(self) -> None:
+        """Give the files in `.final/` their places: configurations last, since without them nothing loads."""
+        final = self / FINAL
+        mode = (self / RECORD).stat().st_mode
+        names = sorted((path.name for path in final.iterdir()), key=lambda name: (name.endswith("config.json"), name))
+        record = RunRecord.read(self / RECORD)
+        RunRecord(**{**vars(record), "written": sorted({*record.written, *names})}).write(self.path)
+        for name in names:
+            (final / name).chmod(mode)  # safetensors makes its files private
+            (final / name).replace(self / name)
+        final.rmdir()
+        shutil.rmtree(self / PREPARED, ignore_errors=True)
+        self.drop_replaced()
+
+
+def log_history(checkpoint: Path) -> list[dict[str, float]]:
+    """What was logged in training: finite numbers by name, with `step`, from the newest `trainer_state.json` in `checkpoint`."""
+    try:
+        own = checkpoint / "trainer_state.json"
+        newest = own if own.is_file() else checkpoints(checkpoint)[-1] / own.name
+        history = read_json(newest)["log_history"]
+        rows = [
+            {
+                str(key): float(value)
+                for key, value in row.items()
+                if type(value) in (int, float) and math.isfinite(value)
+            }
+            for row in history
+        ]
+    except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
+        return []
+    return [row for row in rows if "step" in row]
+
+
+def run_settings(checkpoint: Path) -> dict[str, Any]:
+    """The training's `run.json`; {} if there is none that can be read."""
+    try:
+        content = read_json(checkpoint / RECORD)
+    except (UserError, OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}

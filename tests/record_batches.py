@@ -1,0 +1,44 @@
+"""finetune.py that also writes down, for each process, its log and the texts of every micro-batch that it trained on.
+
+torchrun … tests/record_batches.py FILE <flags of finetune.py>        # writes FILE.<rank>.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import finetune
+from utils import rank
+
+
+def record(run: Any) -> list[list[tuple[str, str]]]:
+    """The micro-batches of `run`, (prompt, response) of each sample, in the list that this returns as training goes on."""
+    batches: list[list[tuple[str, str]]] = []
+    collate = run.trainer.data_collator
+
+    class Recorder(type(collate)):
+        def __call__(self, samples: list[dict[str, str]]) -> dict[str, Any]:
+            batches.append([(sample["prompt"], sample["response"]) for sample in samples])
+            return super().__call__(samples)
+
+    collate.__class__ = Recorder
+    return batches
+
+
+def main(argv: list[str]) -> None:
+    """Train and save as finetune.py does."""
+    args = finetune.parse(argv[1:])
+    run = finetune.prepare(args)
+    batches = record(run)
+    run.trainer.train()
+    Path(f"{argv[0]}.{rank()}.json").write_text(json.dumps({"batches": batches, "log": run.trainer.state.log_history}))
+    finetune.save_final(run)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,145 @@
+"""What one step's loss is an average of: training against a plain loop in torch, sample by sample, without our code for it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from record_batches import record
+from safetensors.torch import load_file
+from test_finetune_models import prepared
+from test_finetune_run import free_port
+from tiny_models import make_model, write_dataset
+from transformers import AutoTokenizer
+
+import finetune
+
+ROOT = Path(__file__).resolve().parent.parent
+RATE = 0.2
+Batches = list[list[tuple[str, str]]]  # (prompt, response) of the samples of each micro-batch
+
+
+def flags(folder: Path, accumulation: int, *more: str) -> list[str]:
+    """23 samples of six tasks, two epochs, plain gradient steps of a constant size."""
+    own = ["--base_model", str(folder / "base"), "--output_dir", str(folder / "out"), "--dataset", "Toy"]
+    own += ["--data_path", str(folder / "data"), "--deepspeed", "none", "--report_to", "none", "--only_train_response"]
+    own += ["--optim", "sgd", "--learning_rate", str(RATE), "--lr_scheduler_type", "constant", "--weight_decay", "0"]
+    own += ["--warmup_ratio", "0", "--per_device_batch_size", "3", "--gradient_accumulation_steps", str(accumulation)]
+    own += ["--epochs", "2", "--logging_step", "1", "--train_data_sample_num", "6,4,4,4,2,3"]
+    return [*own, "--save_and_eval_strategy", "steps", "--save_and_eval_steps", "1000", *more]
+
+
+def loss_by_hand(model: Any, tokenizer: Any, processes: list[Batches], average: str) -> torch.Tensor:
+    """The loss of one step from the micro-batches of each process."""
+    means, total, count = [], 0.0, 0
+    for batch in (batch for batches in processes for batch in batches):
+        losses = []
+        for prompt, response in batch:
+            shown = len(tokenizer(prompt)["input_ids"])
+            whole = tokenizer(prompt + response)["input_ids"] + [tokenizer.eos_token_id]
+            logits = model(torch.tensor([whole]), use_cache=False).logits[0, shown - 1 : -1]
+            losses.append(F.cross_entropy(logits, torch.tensor(whole[shown:]), reduction="none"))
+        means.append(torch.cat(losses).mean())
+        total, count = total + torch.cat(losses).sum(), count + sum(map(len, losses))
+    return torch.stack(means).mean() if average == "batch" else total / count
+
+
+def train_by_hand(
+    model: Any, tokenizer: Any, processes: list[Batches], accumulation: int, average: str
+) -> list[tuple[float, float]]:
+    """Change `model` as training does; loss and gradient norm of each step. An epoch's last step has what is left of it."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    epoch = len(processes[0]) // 2
+    log = []
+    for begin in (0, epoch):
+        for start in range(begin, begin + epoch, accumulation):
+            step = [batches[start : min(start + accumulation, begin + epoch)] for batches in processes]
+            loss = loss_by_hand(model, tokenizer, step, average)
+            gradients = torch.autograd.grad(loss, parameters)
+            norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+            with torch.no_grad():
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter -= RATE * gradient / max(1.0, norm.item())
+            log.append((loss.item(), norm.item()))
+    return log
+
+
+def check_log(history: list[dict], wanted: list[tuple[float, float]], rel: float = 1e-4) -> None:
+    """The logged losses and gradient norms are those by hand."""
+    rows = [row for row in history if "loss" in row]
+    assert [row["loss"] for row in rows] == pytest.approx([loss for loss, _ in wanted], rel=rel)
+    assert [row["grad_norm"] for row in rows] == pytest.approx([norm for _, norm in wanted], rel=10 * rel)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    make_model("llama", tmp_path / "base")
+    write_dataset(tmp_path / "data")
+    return tmp_path
+
+
+@pytest.mark.parametrize("packing", [[], ["--packing"]], ids=["padded", "packed"])
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("average", ["batch", "token"])
+@pytest.mark.parametrize("lora", [[], ["--lora", "--lora_dropout", "0"]], ids=["full", "lora"])
+def test_one_process_trains_as_by_hand(world, average, accumulation, packing, lora):
+    args = finetune.parse(flags(world, accumulation, "--loss_average", average, *packing, *lora))
+    run = finetune.prepare(args)
+    model = copy.deepcopy(run.model)
+    batches = record(run)
+    run.trainer.train()
+    assert [len(batch) for batch in batches] == [3, 3, 3, 3, 3, 3, 3, 2] * 2
+    wanted = train_by_hand(model, run.tokenizer, [batches], accumulation, average)
+    check_log(run.trainer.state.log_history, wanted)
+    for (name, mine), other in zip(run.model.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_the_default_is_the_originals_and_recorded(world):
+    finetune.main(flags(world, 1, "--max_steps", "1"))
+    assert json.loads((world / "out" / "run.json").read_text())["arguments"]["loss_average"] == "batch"
+
+
+TOGETHER = {
+    "ddp": [],
+    "ddp-packed": ["--packing"],
+    "zero2": ["--deepspeed", "config/ds_z2_bf16.json"],
+    "zero3": ["--deepspeed", "config/ds_z3_bf16.json", "--packing"],
+    "zero3-bf16": ["--deepspeed", "config/ds_z3_bf16.json", "--packing", "--bf16"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("average", ["batch", "token"])
+@pytest.mark.parametrize("name", TOGETHER)
+def test_two_processes_train_as_by_hand(world, name, average):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    command += [str(ROOT / "tests" / "record_batches.py"), str(world / "batches")]
+    command += flags(world, 2, "--loss_average", average, *TOGETHER[name])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    files = [json.loads((world / f"batches.{rank}.json").read_text()) for rank in (0, 1)]
+    processes = [file["batches"] for file in files]
+    tokenizer = AutoTokenizer.from_pretrained(world / "out")
+    model, other = prepared(world)[0], prepared(world)[0]
+    wanted = train_by_hand(model, tokenizer, processes, 2, average)
+    unwanted = train_by_hand(other, tokenizer, processes, 2, "token" if average == "batch" else "batch")
+    assert abs(wanted[0][1] - unwanted[0][1]) > 0.05 * wanted[0][1], "the test needs two gradients"
+    state = load_file(world / "out" / "model.safetensors")
+    if not name.endswith("bf16"):
+        check_log(files[0]["log"], wanted)
+        for key, weight in model.state_dict().items():
+            torch.testing.assert_close(state[key], weight, atol=2e-5, rtol=1e-4, msg=key)
+        return
+    check_log(files[0]["log"][:1], wanted[:1], rel=1e-2)
+    away = [sum((m.state_dict()[key] - state[key].float()).norm() ** 2 for key in state) for m in (model, other)]
+    assert away[0] < away[1] / 4
