@@ -25,7 +25,7 @@ def run_command(main: Callable[[], Any]) -> None:
         main()
     except InputError as error:
         if int(os.environ.get("RANK", 0)) > 0:  # let the main process say it; torchrun then ends the others
-            time.sleep(3)
+            time.sleep(10)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except Interrupted as reason:
