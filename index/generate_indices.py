@@ -69,8 +69,13 @@ def check_together(args: argparse.Namespace) -> None:
     """
     for path in outputs(args.output_file):
         check_place(path)
-    if args.output_file.exists() and not args.overwrite:
-        raise InputError(f"{args.output_file}: is there already; give --overwrite to replace it")
+    if args.output_file.exists():
+        if not args.overwrite:
+            raise InputError(f"{args.output_file}: is there already; give --overwrite to replace it")
+        try:
+            read_index(args.output_file)
+        except InputError:
+            raise InputError(f"{args.output_file}: is there and no index file; --overwrite replaces no other") from None
     if len(args.num_emb_list) > LEVELS:
         raise InputError(f"--num_emb_list: {LEVELS} levels at most, a letter each")
     if args.extend and args.method != "rqvae":
