@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+import provenance
 from arguments import DATASET, PROMPT, add_flags, make_parser, whole
 from data import RecData, UserTexts, check_index, read_inters, read_items, read_users
 from prompt_style import PromptStyle
@@ -156,6 +157,24 @@ def check(args: argparse.Namespace) -> None:
     print("\nno faults")
 
 
+def verify_files(folder: Path, name: str, index_file: str) -> None:
+    """Compare the files with the record of how they were made. Raises UserError if one has changed since."""
+    record = folder / f"{name}.provenance.json"
+    report = folder / f"{name}{index_file.removesuffix('.json')}.report.json"
+    made = read_json(report).get("made") if report.is_file() else None
+    notes = {f"{name}{index_file}": made} if isinstance(made, dict) and isinstance(made.get("inputs"), dict) else {}
+    if not record.is_file() and not notes:
+        raise UserError(
+            f"{folder}: no {record.name} and no report of an index: nobody has noted how its files were made"
+        )
+    faults = provenance.verify(record, notes)
+    for fault in faults:
+        print(fault)
+    if faults:
+        raise UserError(f"{folder}: {len(faults)} of its files are not what they were, listed above")
+    print(f"{folder}: every file is as it was when it was made")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Check or verify."""
     parser = make_parser(__doc__)
@@ -168,5 +187,6 @@ def main(argv: list[str] | None = None) -> None:
     what.add_argument("--show", type=whole(0), default=3, help="samples of each task to print")
     args = parser.parse_args(argv)
     if args.verify:
-        raise UserError("--verify: not there yet")
-    check(args)
+        verify_files(Path(args.data_path) / args.dataset, args.dataset, args.index_file)
+    else:
+        check(args)

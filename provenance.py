@@ -22,7 +22,7 @@ def record_path(data_path: str | Path, dataset: str) -> Path:
     return Path(data_path) / dataset / f"{dataset}.provenance.json"
 
 
-def record(
+def note_made(
     path: Path, step: str, outputs: Iterable[Path], inputs: Iterable[Path], packages: tuple[str, ...] = ("numpy",)
 ) -> None:
     """Note in the record at `path` that this process's command made `outputs` from `inputs`; other outputs' notes stay.
@@ -59,19 +59,24 @@ def read_record(path: Path) -> dict[str, dict[str, Any]]:
     return content
 
 
-def verify(path: Path) -> list[str]:
+def verify(path: Path, more: dict[str, dict[str, Any]] | None = None) -> list[str]:
     """Compute all hashes again: one sentence for every output or input that is not what it was, none if all is well.
 
     An input that is itself an output is checked in both roles: it may have been made again after what was made from it.
+
+    Args:
+        more: notes that are kept elsewhere, in the same form; without "sha256" the output itself is not compared.
     """
-    entries, found, faults = read_record(path), {}, []
+    entries: dict[str, dict[str, Any]] = (read_record(path) if path.exists() else {}) | (more or {})
+    found: dict[str, str | None] = {}
+    faults: list[str] = []
     for name in sorted(set(entries) | {file for note in entries.values() for file in note["inputs"]}):
         file = path.parent / name
         found[name] = sha256(file) if file.is_file() else None
     for name, note in entries.items():
         if found[name] is None:
             faults.append(f"{path.parent / name}: is not there any more (made by {note['step']})")
-        elif found[name] != note["sha256"]:
+        elif found[name] != note.get("sha256", found[name]):
             faults.append(f"{path.parent / name}: was changed after {note['step']} made it")
         for file, digest in note["inputs"].items():
             if found[file] is None:

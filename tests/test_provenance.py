@@ -17,9 +17,9 @@ def chain(tmp_path):
     path = provenance.record_path(tmp_path / "data", "D")
     raw.write_text("raw")
     items.write_text("items")
-    provenance.record(path, "from_table.py", [items], [raw])
+    provenance.note_made(path, "from_table.py", [items], [raw])
     vectors.write_text("vectors")
-    provenance.record(path, "embed.py", [vectors], [items], ("torch",))
+    provenance.note_made(path, "embed.py", [vectors], [items], ("torch",))
     return path, raw, items, vectors
 
 
