@@ -166,14 +166,27 @@ def text_size(sample: dict[str, str]) -> float:
     return text.count("<") + len(rest) / 4
 
 
+class Dealt:
+    """A training set whose samples say, as `batch`, which process they were drawn for, where `EvenRows` gives them to another."""
+
+    def __init__(self, train_set: Any):
+        self.train_set, self.drawn_for = train_set, dict[int, int]()
+
+    def __len__(self) -> int:
+        return len(self.train_set)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return {**self.train_set[number], "batch": self.drawn_for.get(number)}
+
+
 class EvenRows:
     """A sampler's order with the samples of each step dealt to the processes so that their packed rows are about as long.
 
-    Every process waits for the one with the longest row. Which samples a step has does not change, and so neither does its
-    loss nor its gradient. Made for a sampler that gives `batch` samples to each of `processes` in turn.
+    Every process waits for the one with the longest row. Which samples a step has does not change, and `dataset` knows which
+    process each was drawn for. Made for a sampler that gives `batch` samples to each of `processes` in turn.
     """
 
-    def __init__(self, sampler: Any, dataset: Any, batch: int, processes: int):
+    def __init__(self, sampler: Any, dataset: Dealt, batch: int, processes: int):
         self.sampler, self.dataset, self.batch, self.processes = sampler, dataset, batch, processes
 
     def __len__(self) -> int:
@@ -190,8 +203,10 @@ class EvenRows:
 
     def deal(self, step: list[int]) -> list[int]:
         """A step's samples: the longest that is left goes to the process that has the least and is not full."""
-        if len(step) < self.batch * self.processes:
+        if len(step) < self.batch * self.processes:  # it will be filled up from the first step
+            self.dataset.drawn_for = {}
             return step
+        self.dataset.drawn_for = {number: place // self.batch for place, number in enumerate(step)}
         sizes = {number: text_size(self.dataset[number]) for number in step}
         rows: list[list[int]] = [[] for _ in range(self.processes)]
         for number in sorted(step, key=lambda number: -sizes[number]):
@@ -221,6 +236,8 @@ class RecTrainer(Trainer):
         loss_average: str = "batch",
         **more: Any,
     ):
+        if more["data_collator"].packing and 1 < world_size() <= MOST_DEALT:
+            more["train_dataset"] = Dealt(more["train_dataset"])
         super().__init__(*args, **more)
         self.beside_checkpoint = beside_checkpoint
         self.tasks, self.task_set, self.ranking = tasks, task_set, ranking
@@ -232,14 +249,10 @@ class RecTrainer(Trainer):
         self._clock = time.monotonic()
 
     def get_train_dataloader(self) -> Any:
-        """transformers' own; packed rows of several processes are made about as long as each other.
-
-        Only where the loss is one mean over all tokens of a step: which process has a sample changes the means of batches.
-        """
+        """transformers' own; packed rows of several processes are made about as long as each other."""
         loader = super().get_train_dataloader()
         batches = getattr(loader.batch_sampler, "batch_sampler", None)  # accelerate's shard of the batches
-        free = self.data_collator.packing and self.model_accepts_loss_kwargs
-        if free and batches is not None and 1 < world_size() <= MOST_DEALT:
+        if isinstance(self.train_dataset, Dealt) and batches is not None:
             batches.sampler = EvenRows(batches.sampler, self.train_dataset, batches.batch_size, world_size())
         return loader
 
@@ -301,11 +314,18 @@ class RecTrainer(Trainer):
         accumulated micro-batches, and the processes' gradients are averaged: a plain mean of means.
         `token`: the mean over all labelled tokens of the step, on all processes and accumulated micro-batches.
         """
+        drawn_for = inputs.pop("drawn_for", None)
         losses, tasks = self.token_losses(model, inputs)
         self._count(inputs, losses.detach(), tasks)
-        if num_items_in_batch is None:
+        if num_items_in_batch is not None:
+            return losses.sum() * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
+        if drawn_for is None:
             return losses.sum() / max(1, len(losses))
-        return losses.sum() * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
+        batch = drawn_for[:, 1:][
+            inputs["labels"][:, 1:] != IGNORE
+        ]  # samples count in the mean that they were drawn for
+        counts = sum_over_processes(torch.bincount(batch, minlength=self.accelerator.num_processes))
+        return (losses / counts[batch]).sum()
 
     def _count(self, inputs: dict[str, Any], losses: Tensor, tasks: Tensor) -> None:
         self._sums = self._sums.to(losses.device)
