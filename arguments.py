@@ -207,8 +207,8 @@ TRAIN = (
         "tokenisation",
         "base",
         "text around item tokens: base, as the base model's tokenizer cuts it today; 2023, as LLaMA's cut it then, with "
-        "which the paper's checkpoints were trained (a LLaMA base only)",
-        choices=("base", "2023"),
+        "which the paper's checkpoints were trained (a LLaMA base only); paper: 2023 for a LLaMA base, else base",
+        choices=("base", "2023", "paper"),
     ),
     Flag("weight_decay", 0.01, "decoupled weight decay of AdamW", real(0)),
     Flag(

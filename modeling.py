@@ -17,9 +17,11 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from adapters import merge_adapter
+from convert.folder import find_model
 from convert.hub import local_or_hub
 from data import RecData
-from tokenising import add_item_tokens, cut_as_in_2023, first_line, item_token_ids, load_tokenizer
+from tokenising import add_item_tokens, cut_as_in_2023, first_line, is_llamas, item_token_ids, load_tokenizer
 from trie import ItemTrie
 from utils import UserError, is_main
 
@@ -140,13 +142,13 @@ def prepare_base(
     Args:
         start: item embeddings that the new rows start from, and their items (`rows_from_embeddings`).
         packing: make sure that the model keeps packed samples apart (`packing.check_packing`).
-        tokenisation: "base", or "2023" (`tokenising.cut_as_in_2023`).
+        tokenisation: "base", "2023" (`tokenising.cut_as_in_2023`), or "paper": 2023 where that is possible.
     """
     base_model = local_or_hub(base_model, "--base_model")
     tokenizer = load_tokenizer(base_model, model_max_length)
     model = load_model(base_model)
     new_ids = add_item_tokens(tokenizer, tokens)
-    if tokenisation == "2023":
+    if tokenisation == "2023" or (tokenisation == "paper" and is_llamas(tokenizer)):
         tokenizer = cut_as_in_2023(tokenizer)
     torch.manual_seed(seed)
     rows = None
@@ -327,16 +329,17 @@ def load_for_test(
     if not lora:
         return load_model(ckpt_path, dtype).to(device).eval(), tokenizer
 
-    from peft import PeftModel
+    return load_adapter_model(ckpt_path, base_model, tokenizer, dtype).to(device).eval(), tokenizer
 
-    model = load_model(local_or_hub(base_model, "--base_model"), dtype)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    try:
-        model = PeftModel.from_pretrained(model, ckpt_path).merge_and_unload()
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{ckpt_path}: the adapter cannot be loaded ({first_line(error)})") from error
-    return model.to(device).eval(), tokenizer
+
+def load_adapter_model(adapter: str | Path, base_model: str, tokenizer: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The base model in `dtype` with the adapter merged into it; `tokenizer` is the adapter's.
+
+    Raises:
+        UserError: see `adapters.merge_adapter`.
+    """
+    base_model = local_or_hub(base_model, "--base_model")
+    return merge_adapter(load_model(base_model, dtype), find_model(base_model), find_model(adapter), tokenizer)
 
 
 def full_state(model: Any, only_trained: bool = False) -> dict[str, torch.Tensor] | None:

@@ -69,6 +69,13 @@ def begins_with_a_blank(tokenizer: Any) -> bool:
     return tokenizer.tokenize("a")[0].startswith("▁")
 
 
+def is_llamas(tokenizer: Any) -> bool:
+    """True for a tokenizer of LLaMA 1 or 2, and those made like it: sentencepiece with bytes, a blank before a text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    bytes_too = backend is not None and json.loads(backend.to_str())["model"].get("byte_fallback")
+    return bool(bytes_too) and begins_with_a_blank(tokenizer)
+
+
 def add_item_tokens(tokenizer: Any, tokens: list[str]) -> list[int]:
     """Add `tokens` in the order given; the ids of those that are new. Text is never normalised before they are matched."""
     known = tokenizer.get_vocab()
@@ -108,7 +115,7 @@ def cut_as_in_2023(tokenizer: Any, strips: bool = True, bos: bool | None = None)
         UserError: it is no LLaMA tokenizer.
     """
     content = json.loads(tokenizer.backend_tokenizer.to_str())
-    if not content["model"].get("byte_fallback") or not begins_with_a_blank(tokenizer):
+    if not is_llamas(tokenizer):
         raise UserError(
             "the base model's tokenizer is not LLaMA's, so it has no rules of 2023: leave --tokenisation out"
         )

@@ -34,7 +34,7 @@ def rebuild(folder: ModelFolder) -> tuple[Any, str] | None:
     return made, f"tokenizer rebuilt with the rules of its training (▁ before each piece of text{around})"
 
 
-def save_tokenizer(folder: ModelFolder, target: Path) -> str | None:
+def save_old_tokenizer(folder: ModelFolder, target: Path) -> str | None:
     """Write the folder's tokenizer to `target`: an old one rebuilt (the note says so), any other as it is (None)."""
     rebuilt = rebuild(folder)
     if rebuilt is None:

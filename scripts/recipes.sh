@@ -16,9 +16,8 @@ recipe() {
   NPROC="${NPROC:-$processes}"
   TEST_NPROC="$NPROC"
   case "$1" in Games | Arts | Instruments)
-    FINETUNE_RECIPE="$FINETUNE_RECIPE --tokenisation 2023"
-    INDEX_RECIPE="--num_emb_list 256 256 256 256 --sk_epsilons 0 0 0 0.003 --batch_size 1024 --epochs 10000
-      --weight_decay 1e-4 --lr_scheduler_type linear"
+    FINETUNE_RECIPE="$FINETUNE_RECIPE --tokenisation paper"
+    INDEX_RECIPE="--preset paper"
     return ;;
   esac
   if [ -n "$2" ]; then return; fi

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from convert_parts import ITEM_TOKENS, VOCABULARY, save_tokenizer, tiny_llama
-from test_convert_tokenizer import UNTIL_4_33
+from convert_parts import ITEM_TOKENS, UNTIL_4_33, VOCABULARY, save_tokenizer, tiny_llama
 from tiny_models import make_model
 from transformers import AutoTokenizer, MistralConfig
 
@@ -89,3 +88,5 @@ def test_a_base_that_had_no_such_rules_is_refused(tmp_path):
     tokenizer = load_tokenizer(tmp_path / "base")
     with pytest.raises(UserError, match="the base model's tokenizer is not LLaMA's"):
         cut_as_in_2023(tokenizer)
+    prepare_base(str(tmp_path / "base"), tmp_path / "ready", ITEM_TOKENS, 42, tokenisation="paper")  # as it is
+    assert load_tokenizer(tmp_path / "ready").tokenize("a pen") == tokenizer.tokenize("a pen")
