@@ -90,7 +90,7 @@ class TrainCollator:
         packing: no padding, the samples end to end in one row (`packing.pack`).
         tasks: task names; adds `tasks`, the position in it of each token's sample's task, in the shape of `labels`, and
             `seen`, how many tokens and samples the batch has; where packed samples say which batch of their step they were
-            drawn for (`training.Dealt`), `drawn_for`, its number for each token.
+            drawn for (`even_rows.Dealt`), `drawn_for`, its number for each token.
         no_eos: samples end with the response.
     """
 

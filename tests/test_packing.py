@@ -180,7 +180,7 @@ def test_attention_on_the_cpu_stays_in_float32_under_autocast():
 
 
 def test_samples_are_dealt_evenly_within_their_step():
-    from training import Dealt, EvenRows
+    from even_rows import Dealt, EvenRows
 
     class Sampler(list):
         def set_epoch(self, epoch):
