@@ -5,8 +5,8 @@
         --parquet hdfs:///mine --data_path ./data --dataset Mine
 
 The same rules, flags and results as from_table.py, with one difference: a Parquet log has no order of lines, so equal times
-always go by item. `--parquet` (a place that all workers see) gets `interactions` (user, item, place), `users` and `items` (number,
-name, texts); the dataset's files are then written by this process. Needs `pip install pyspark==4.3.0` and Java 17.
+always go by item. `--parquet` (a place that all workers see) gets `interactions` (user, item, place), `users` and `items`
+(number, name, texts); the dataset's files are then written by this process. Needs `pip install pyspark==4.3.0` and Java 17.
 From which size on it is worth it: docs/scale.md.
 """
 
@@ -84,9 +84,8 @@ def checked(frame: Any, names: tuple[str, ...], where: str, skip_bad: bool) -> A
         good &= ~F.col(name).rlike("[\\x00-\\x1f]")
     if bad := frame.filter(~good).count():
         if not skip_bad:
-            raise UserError(
-                f"{where}: {bad:,} rows lack one of {', '.join(names)}, or an id has a control character (--skip_bad leaves them out)"
-            )
+            what = f"rows lack one of {', '.join(names)}, or an id has a control character"
+            raise UserError(f"{where}: {bad:,} {what} (--skip_bad leaves them out)")
         say(f"note: {bad:,} rows of {where} left out")
     return frame.filter(good)
 
