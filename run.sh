@@ -84,7 +84,7 @@ stage_embed() {
   if [ -e "$stem.index.json" ] && [ "${FORCE:-0}" != 1 ]; then echo "== embed: $stem.index.json is there, not needed"; return; fi
   if begin embed "$stem.emb-minilm-td.npy"; then
     python data_process/embed.py --data_path "$DATA_PATH" --dataset "$DATASET" --plm_name minilm \
-      --model_path "$(python data_process/fetch.py minilm)"
+      --model_path "$(python data_process/fetch.py minilm)" --overwrite
   fi
 }
 

@@ -15,33 +15,32 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run as a script: the root instead of this folder, whose names would shadow others
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+import torch
 
-import torch  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from convert.folder import (  # noqa: E402
-    LOADERS,
+from convert.folder import (
+    FLOATS,
     TOKENIZER_FILES,
     ModelFolder,
     add_target,
+    check_names,
     copy_files,
     find_model,
     load_config,
-    new_folder,
     skeleton,
-    write_settings,
 )
-from convert.hub import reason  # noqa: E402
-from convert.scan import check_checkpoint, is_plain_name  # noqa: E402
-from convert.weights import DTYPES, Weights, all_finite, is_old_buffer, row_blocks, write_weights  # noqa: E402
-from utils import UserError, run_main, versions, write_json  # noqa: E402
+from convert.hub import reason
+from convert.scan import check_checkpoint, is_plain_name
+from convert.weights import Specs, Weights, all_finite, is_old_buffer, write_weights
+from folders import LOADERS, new_folder
+from utils import UserError, run_main, versions, write_json
 
-RUN_FILES = ("*.json", "train*")
+COPIED = ("*.json", "train*")
 
 
 def shard_folder(source: Path) -> Path | None:
@@ -84,59 +83,51 @@ def consolidate(source: Path, trained_only: bool = False) -> dict[str, torch.Ten
         raise UserError(f"{source}: DeepSpeed cannot put its shards together ({reason(error)})") from None
 
 
-Reader = Callable[[str], Iterator[torch.Tensor]]
-Specs = dict[str, tuple[tuple[int, ...], torch.dtype]]
+Reader = Callable[[str], torch.Tensor]
 
 
 def open_source(folder: ModelFolder, trained_only: bool = False) -> tuple[Specs, Reader]:
-    """Names with (shape, type), and a reader of blocks, of a DeepSpeed checkpoint or a plain model folder."""
+    """Names with (shape, type), and a reader of tensors, of a DeepSpeed checkpoint or a plain model folder."""
     if shard_folder(folder.path):
         state = consolidate(folder.path, trained_only)
-
-        def read(name: str) -> Iterator[torch.Tensor]:
-            tensor = state[name].contiguous()
-            for start, stop in row_blocks(tuple(tensor.shape)):
-                yield tensor[start:stop] if tensor.dim() else tensor
-
-        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}, read
+        specs = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
+        return specs, lambda name: state[name].contiguous()
     weights = folder.weights()
-    return {name: (entry.shape, entry.dtype) for name, entry in weights.entries.items()}, weights.blocks
+    return weights.specs(), weights.read
 
 
-def checked(name: str, blocks: Iterator[torch.Tensor], dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """`blocks` in `dtype` (floats only); refused are numbers that are not finite before or after."""
-    for block in blocks:
-        if not block.is_floating_point():
-            yield block
-            continue
-        cast = block.to(dtype)
-        if not all_finite(cast):
-            if all_finite(block):
-                raise UserError(f"{name}: {block.abs().max():.3g} is too large for {dtype}; use --dtype bfloat16")
-            raise UserError(f"{name}: holds NaN or inf; the run diverged, take an earlier checkpoint")
-        yield cast
+def checked(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor` in `dtype` (floats only); refused are numbers that are not finite before or after."""
+    if not tensor.is_floating_point():
+        return tensor
+    cast = tensor.to(dtype)
+    if not all_finite(cast):
+        if all_finite(tensor):
+            raise UserError(f"{name}: {tensor.abs().max():.3g} is too large for {dtype}; use --dtype bfloat16")
+        raise UserError(f"{name}: holds NaN or inf; the run diverged, take an earlier checkpoint")
+    return cast
 
 
-def convert(source: ModelFolder, target: Path, dtype: torch.dtype, max_shard_bytes: int, overwrite: bool) -> int:
+def convert_model(source: ModelFolder, target: Path, dtype: torch.dtype, max_shard_bytes: int, overwrite: bool) -> int:
     """Write the model, or the LoRA adapter, of `source` to `target` in `dtype`; the number of tensors written."""
-    if source.has("adapter_config.json") and not source.has("config.json"):
-        specs, read, settings = _adapter(source)
-        stem, loader = "adapter_model", "adapter_config.json"
-    else:
-        specs, read, settings = _model(source, dtype)
-        stem, loader = "model", "config.json"
-    specs = {name: (shape, dtype if kind.is_floating_point else kind) for name, (shape, kind) in specs.items()}
-
-    def blocks(name: str) -> Iterator[torch.Tensor]:
-        return checked(f"{source.path}: {name}", read(name), dtype)
-
-    with new_folder(target, overwrite) as partial:
+    with new_folder(target, overwrite, [source.path]) as partial:
+        if source.has("adapter_config.json") and not source.has("config.json"):
+            specs, read, settings = _adapter(source)
+            stem, loader = "adapter_model", "adapter_config.json"
+        else:
+            specs, read, settings = _model(source, dtype)
+            stem, loader = "model", "config.json"
+        specs = {name: (shape, dtype if kind.is_floating_point else kind) for name, (shape, kind) in specs.items()}
         copy_run_files(source, partial)
         size = max_shard_bytes if stem == "model" else sys.maxsize  # peft reads one file only
-        digests = write_weights(partial, specs, blocks, size, stem)
+
+        def make(name: str) -> torch.Tensor:
+            return checked(f"{source.path}: {name}", read(name), dtype)
+
+        digests = write_weights(partial, specs, make, size, stem)
         report = {"source": source.path.name, "dtype": str(dtype), "sha256": digests, "versions": versions()}
         write_json(partial / "convert_report.json", report)
-        write_settings(partial, settings, loader)
+        write_json(partial / loader, settings)
     return len(specs)
 
 
@@ -148,7 +139,7 @@ def copy_run_files(source: ModelFolder, target: Path) -> None:
     run = ModelFolder(source.path.resolve().parent, source.allowed.parent)
     sides = [run, source] if re.fullmatch(r"checkpoint-\d+", source.path.resolve().name) else [source]
     for side in sides:
-        copy_files(side, target, (*TOKENIZER_FILES, *RUN_FILES))
+        copy_files(side, target, (*TOKENIZER_FILES, *COPIED))
         for path in (*target.glob("*.index.json"), *(target / name for name in LOADERS)):
             path.unlink(missing_ok=True)
 
@@ -168,7 +159,7 @@ def _adapter(source: ModelFolder) -> tuple[Specs, Reader, dict[str, Any]]:
     settings = source.json("adapter_config.json")
     if not shard_folder(source.path):
         weights = Weights(source.path, source.allowed, ("adapter_model",))
-        return {name: (entry.shape, entry.dtype) for name, entry in weights.entries.items()}, weights.blocks, settings
+        return weights.specs(), weights.read, settings
     state, read = open_source(source, trained_only=True)
     stored = {name.replace(".modules_to_save.default.", ".").replace(".default.", "."): name for name in state}
     if not any(".lora_" in name for name in stored):
@@ -176,36 +167,15 @@ def _adapter(source: ModelFolder) -> tuple[Specs, Reader, dict[str, Any]]:
     return {name: state[full] for name, full in stored.items()}, lambda name: read(stored[name]), settings
 
 
-def check_names(specs: Specs, wanted: dict[str, tuple[int, ...]], ties: dict[str, str], place: Path) -> None:
-    """Refuse weights that the model of config.json would not load whole.
-
-    Raises:
-        UserError: a tensor is missing or has another shape.
-    """
-    for name, shape in wanted.items():
-        if name in ties:
-            continue
-        if name not in specs:
-            raise UserError(f"{place}: lacks {name}, which the model of its config.json has")
-        if specs[name][0] != shape:
-            raise UserError(f"{place}: {name} is {list(specs[name][0])}, config.json makes it {list(shape)}")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line of `convert.py`."""
+def main(argv: list[str] | None = None) -> None:
+    """Convert one checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-s", "--source", required=True, help="checkpoint folder (checkpoint-N) or model folder")
     add_target(parser, "-t", "--target")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="type of the weights (default: float32)")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Convert one checkpoint."""
-    args = build_parser().parse_args(argv)
-    torch.set_num_threads(1)  # reading, adding, hashing and writing already have a thread each
-    source = find_model(args.source)
-    count = convert(source, args.target, DTYPES[args.dtype], args.max_shard_size, args.overwrite)
+    parser.add_argument("--dtype", choices=FLOATS, default="float32", help="type of the weights (default: float32)")
+    args = parser.parse_args(argv)
+    source, dtype = find_model(args.source), getattr(torch, args.dtype)
+    count = convert_model(source, args.target, dtype, args.max_shard_size, args.overwrite)
     print(f"{args.target}: {count} tensors in {args.dtype}")
 
 

@@ -11,14 +11,13 @@ import argparse
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a script: the root instead of this folder, whose names would shadow others
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+import torch
 
-import torch  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from convert.convert import convert  # noqa: E402
-from convert.folder import add_target, find_model  # noqa: E402
-from utils import run_main  # noqa: E402
+from convert.convert import convert_model
+from convert.folder import add_target, find_model
+from utils import run_main
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -27,9 +26,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--in-checkpoint", required=True, help="folder or hub id to read")
     add_target(parser, "--out-checkpoint")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)  # reading, adding, hashing and writing already have a thread each
     source = find_model(args.in_checkpoint)
-    count = convert(source, args.out_checkpoint, torch.float16, args.max_shard_size, args.overwrite)
+    count = convert_model(source, args.out_checkpoint, torch.float16, args.max_shard_size, args.overwrite)
     print(f"{args.out_checkpoint}: {count} tensors in float16")
 
 

@@ -1,13 +1,8 @@
-"""Model folders: find them (locally or on the hub), read their settings, write new ones whole or not at all."""
+"""Model folders that somebody hands over: find them (locally or on the hub), read and check their settings and tokenizer."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import fcntl
-import json
-import os
-import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,10 +12,13 @@ from typing import Any
 import torch
 
 from convert.hub import local_or_hub, reason
-from convert.weights import Weights, inside, what_failed
+from convert.weights import Specs, Weights, inside, is_old_buffer
+from data import ITEM_TOKEN
+from prompt_style import ITEMS, STYLE
 from utils import UserError, read_json
 
-ITEM_TOKEN = re.compile(r"<[a-z]_\d+>")
+MOST_LAYERS = 1000
+FLOATS = ("float16", "bfloat16", "float32")
 ROW_PADDING = 128  # embeddings are sometimes padded to a multiple of at most this
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 TOKENIZER_FILES = (
@@ -34,10 +32,10 @@ TOKENIZER_FILES = (
     "sentencepiece*.model",
     "chat_template*",
 )
-LOADERS = ("config.json", "adapter_config.json")  # without one of them nothing loads a folder
 SETTINGS = ("config.json", "generation_config.json")
 # On the hub a repository may also hold the authors' own format (consolidated*) and other precisions in folders.
-HUB_PATTERNS = (*SETTINGS, *TOKENIZER_FILES, "adapter_config.json", "README.md", "*.index.json")
+RUN_FILES = ("generation_config.json", "run.json", STYLE, ITEMS)  # what goes along with a run's weights
+HUB_PATTERNS = (*SETTINGS, *TOKENIZER_FILES, *RUN_FILES, "adapter_config.json", "README.md", "*.index.json")
 
 
 @dataclass(frozen=True)
@@ -52,12 +50,12 @@ class ModelFolder:
         return Weights(self.path, self.allowed)
 
     def has(self, name: str) -> bool:
-        """True if the file `name` is there."""
-        return (self.path / name).is_file()
+        """True if something of that name is there."""
+        return (self.path / name).exists()
 
     def json(self, name: str) -> dict[str, Any]:
         """The content of a JSON file of the folder."""
-        if not (self.path / name).is_file():
+        if not self.has(name):
             raise UserError(f"{self.path / name}: no such file")
         content = read_json(inside(self.path, name, self.allowed))
         if not isinstance(content, dict):
@@ -95,20 +93,31 @@ def download(repo_id: str) -> str:
 # ---- settings ----
 
 
+def refuse_own_code(folder: ModelFolder) -> None:
+    """Raise UserError if the settings of model or tokenizer name code that came with them (`auto_map`)."""
+    for name in ("config.json", "tokenizer_config.json"):
+        if folder.has(name) and "auto_map" in folder.json(name):
+            raise UserError(
+                f"{folder.path / name}: needs code of its own (auto_map), which is not run; use a model that "
+                "transformers knows"
+            )
+
+
 def load_config(folder: ModelFolder):  # noqa: ANN201  (a transformers config)
     """The model's configuration; code that came with the checkpoint is never run."""
     from transformers import AutoConfig
 
-    settings = folder.json("config.json")
-    if "auto_map" in settings:
-        raise UserError(
-            f"{folder.path / 'config.json'}: needs code of its own (auto_map), which is not run; use a model that "
-            "transformers knows"
-        )
+    place = folder.path / "config.json"
+    folder.json("config.json")
+    refuse_own_code(folder)
     try:
-        return AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        raise UserError(f"{folder.path / 'config.json'}: {reason(error)}") from None
+        config = AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001  (every class of transformers checks its settings in its own way)
+        raise UserError(f"{place}: {reason(error)}") from None
+    layers = getattr(config, "num_hidden_layers", 0)
+    if not isinstance(layers, int) or layers > MOST_LAYERS:
+        raise UserError(f"{place}: num_hidden_layers is {layers}")
+    return config
 
 
 def skeleton(config) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:  # noqa: ANN001
@@ -132,12 +141,44 @@ def _empty_model(config):  # noqa: ANN001, ANN202
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except ValueError as error:
-        raise UserError(f"not a causal language model: {reason(error)}") from None
+    except Exception as error:  # noqa: BLE001  (what a class makes of settings that cannot be)
+        raise UserError(f"config.json: no causal language model can be made of it ({reason(error)})") from None
 
 
-def load_tokenizer(folder: ModelFolder):  # noqa: ANN201  (a transformers tokenizer)
-    """The folder's tokenizer; code that came with it is never run."""
+def check_names(
+    specs: Specs, wanted: dict[str, tuple[int, ...]], ties: dict[str, str], place: Path, may_convert: bool = False
+) -> bool:
+    """Refuse weights that are not what config.json describes.
+
+    Args:
+        wanted: names and shapes of the model's tensors.
+        ties: those that are another tensor again (alias → source), and may be missing.
+        may_convert: names may be others, which transformers converts when it loads the model, if there are as many numbers.
+
+    Returns:
+        False if the names are others, and were not compared.
+
+    Raises:
+        UserError: a tensor is missing, has another shape, or nothing would load it.
+    """
+    lost = [name for name in wanted if name not in specs and name not in ties]
+    more = [name for name in specs if name not in wanted and name not in ties and not is_old_buffer(name)]
+    if lost and more and may_convert:
+        theirs = sum(torch.Size(shape).numel() for name, shape in wanted.items() if name not in ties)
+        if theirs == sum(torch.Size(shape).numel() for name, (shape, _) in specs.items() if name not in ties):
+            return False
+    if lost:
+        raise UserError(f"{place}: lacks {lost[0]}, which the model of its config.json has")
+    if more:
+        raise UserError(f"{place}: {more[0]} is not part of the model of its config.json; nothing would load it")
+    for name, shape in wanted.items():
+        if name in specs and specs[name][0] != shape:
+            raise UserError(f"{place}: {name} is {list(specs[name][0])}, config.json makes it {list(shape)}")
+    return True
+
+
+def read_tokenizer(folder: ModelFolder):  # noqa: ANN201  (a transformers tokenizer)
+    """The folder's tokenizer as it is; code that came with it is never run."""
     from transformers import AutoTokenizer
 
     if not any(folder.has(name) for name in TOKENIZERS):
@@ -145,9 +186,10 @@ def load_tokenizer(folder: ModelFolder):  # noqa: ANN201  (a transformers tokeni
     for pattern in TOKENIZER_FILES:
         for path in folder.path.glob(pattern):
             inside(folder.path, path.name, folder.allowed)
+    refuse_own_code(folder)
     try:
         return AutoTokenizer.from_pretrained(folder.path, trust_remote_code=False)
-    except (ValueError, KeyError, OSError, TypeError) as error:
+    except Exception as error:  # noqa: BLE001  (the library in Rust raises Exception itself)
         raise UserError(f"{folder.path}: the tokenizer cannot be read ({reason(error)})") from None
 
 
@@ -162,7 +204,7 @@ def check_item_tokens(delta: ModelFolder, base: ModelFolder, rows: int, base_row
     Raises:
         UserError: tokens have no row, added rows have no token, or item tokens sit on tokens of the base.
     """
-    tokenizer = load_tokenizer(delta)
+    tokenizer = read_tokenizer(delta)
     tokens = item_tokens(tokenizer)
     place = delta.path
     if not tokens:
@@ -177,7 +219,7 @@ def check_item_tokens(delta: ModelFolder, base: ModelFolder, rows: int, base_row
                 f"{place / file}: gives {token} the id {number}, but the tokenizer loads it as {tokens[token]}"
             )
     if any(base.has(name) for name in TOKENIZERS):
-        _check_same_vocabulary(load_tokenizer(base).get_vocab(), tokenizer.get_vocab(), tokens, place)
+        _check_same_vocabulary(read_tokenizer(base).get_vocab(), tokenizer.get_vocab(), tokens, place)
     return len(tokens)
 
 
@@ -215,7 +257,7 @@ def copy_files(source: ModelFolder, target: Path, patterns: tuple[str, ...]) -> 
     return names
 
 
-# ---- new folders, whole or not at all ----
+# ---- what the scripts' command lines share ----
 
 
 def add_target(parser: argparse.ArgumentParser, *flags: str) -> None:
@@ -223,7 +265,7 @@ def add_target(parser: argparse.ArgumentParser, *flags: str) -> None:
     parser.add_argument(*flags, required=True, type=Path, help="folder to write; must not exist yet")
     size = {"type": parse_size, "default": "5GB", "help": "largest weight file (default: 5GB)"}
     parser.add_argument("--max-shard-size", "--max_shard_size", **size)
-    parser.add_argument("--overwrite", action="store_true", help="replace that folder if it exists")
+    parser.add_argument("--overwrite", action="store_true", help="replace that folder if a script here wrote it")
 
 
 def parse_size(text: str) -> int:
@@ -238,100 +280,3 @@ def parse_size(text: str) -> int:
     if size <= 0:
         raise UserError(f"{text!r}: a shard's size must be positive")
     return size
-
-
-@contextlib.contextmanager
-def new_folder(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to fill, which becomes `target` when the block ends well, and is removed when it does not.
-
-    It is `.<target>.partial` beside it until then. Nothing loads a folder without `config.json` (an adapter's:
-    `adapter_config.json`): write that file with `write_settings`; it gets its name last, when `target` is in place.
-    What a killed process left is cleared up by the next call.
-
-    Raises:
-        UserError: `target` exists and `overwrite` is false, another process is writing it, or the disk is full.
-    """
-    target = Path(target)
-    partial = _beside(target, "partial")
-    _refuse_existing(target, overwrite)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be made ({error.strerror})") from None
-    with _locked(partial, target):
-        _recover(target)
-        _refuse_existing(target, overwrite)
-        for path in partial.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        try:
-            yield partial
-            _commit(partial, target)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise UserError(f"{what_failed(error, target, partial)}; nothing was left in {target}") from None
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-
-
-def _beside(target: Path, ending: str) -> Path:
-    return target.parent / f".{target.name}.{ending}"
-
-
-def _is_unfinished(target: Path) -> bool:
-    """True for a folder whose writer was killed between its two last steps."""
-    return any((target / f"{name}.partial").is_file() and not (target / name).exists() for name in LOADERS)
-
-
-def _refuse_existing(target: Path, overwrite: bool) -> None:
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{target}: a file is in the way; choose another folder")
-    if target.is_dir() and any(target.iterdir()) and not overwrite and not _is_unfinished(target):
-        raise UserError(f"{target}: exists; choose another folder or add --overwrite")
-
-
-@contextlib.contextmanager
-def _locked(partial: Path, target: Path) -> Iterator[None]:
-    """Hold `partial` for this process; the lock goes with the process, however it ends."""
-    busy = UserError(f"{target}: another process is writing it now; wait for it")
-    try:
-        handle = os.open(partial, os.O_RDONLY)
-    except FileNotFoundError:  # the other one has just finished
-        raise busy from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not partial.exists() or os.fstat(handle).st_ino != partial.stat().st_ino:
-            raise busy
-        yield
-    except BlockingIOError:
-        raise busy from None
-    finally:
-        os.close(handle)
-
-
-def _recover(target: Path) -> None:
-    """Undo what a killed process left: a target without its last step, an old one that was moved aside."""
-    old = _beside(target, "old")
-    if _is_unfinished(target):
-        shutil.rmtree(target)
-    if old.exists() and not target.exists():
-        old.rename(target)
-
-
-def _commit(partial: Path, target: Path) -> None:
-    old = _beside(target, "old")
-    if target.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-    partial.rename(target)
-    for name in LOADERS:
-        if (target / f"{name}.partial").exists():
-            (target / f"{name}.partial").rename(target / name)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def write_settings(folder: Path, settings: dict[str, Any], name: str = "config.json") -> None:
-    """Write `name`, one of `LOADERS`, under another name, which `new_folder` turns into `name` at the very end."""
-    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-    (folder / f"{name}.partial").write_text(text, encoding="utf-8")

@@ -3,52 +3,39 @@
     python convert/merge_delta.py --base-model-path llama-7b --target-model-path ckpt/Games --delta-path Games-delta
 
 Base and delta are folders or hub ids, `.bin` or safetensors, whole or in shards. The sum is taken in float16, as for
-the released deltas (`--dtype` for others), block by block: memory stays under 1 GB plus the largest tensor whatever
-the size of the model. Everything is checked; the target folder appears only when it is complete.
+the released deltas (`--dtype` for others). Memory stays that of one file written (`--max-shard-size`), whatever the size
+of the model. Everything is checked; the target folder appears only when it is complete.
 """
 
 from __future__ import annotations
 
 import argparse
-import atexit
-import gc
-import itertools
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run as a script: the root instead of this folder, whose names would shadow others
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    gc.disable()  # the imports make a million objects that stay: to go through them again and again takes seconds
-    atexit.register(gc.freeze)
+import torch
 
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from convert.folder import (  # noqa: E402
+from convert.folder import (
+    FLOATS,
+    RUN_FILES,
     ModelFolder,
     add_target,
     check_item_tokens,
+    check_names,
     copy_files,
     embedding_names,
     find_model,
     load_config,
-    new_folder,
     skeleton,
-    write_settings,
 )
-from convert.old_tokenizer import save_tokenizer  # noqa: E402
-from convert.weights import (  # noqa: E402
-    DTYPES,
-    InputHashes,
-    Weights,
-    all_finite,
-    is_old_buffer,
-    write_weights,
-)
-from utils import UserError, run_main, say, versions, write_json  # noqa: E402
+from convert.old_tokenizer import save_old_tokenizer
+from convert.weights import Specs, Weights, all_finite, is_old_buffer, write_weights
+from folders import new_folder
+from utils import UserError, run_main, say, versions, write_json
 
 LEAST_COSINE = 0.1
 SAME_MODEL = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -99,12 +86,9 @@ def plan_merge(base: ModelFolder, delta: ModelFolder, b: Weights, d: Weights, dt
             raise UserError(
                 f"{delta.path}: lacks {name}, which the base has; it is incomplete or belongs to another base"
             )
-    if all(name in wanted or name in plan.ties or is_old_buffer(name) for name in b):
-        _check_target(plan, wanted, delta.path)
-    else:
-        plan.notes.append(
-            "the base's names are converted when it is loaded, so they were not compared with the model's"
-        )
+    specs = {name: (shape, dtype) for name, shape in plan.shapes.items()}
+    if not check_names(specs, wanted, plan.ties, delta.path, may_convert=True):
+        plan.notes.append("the names are converted when the model is loaded, so they were not compared with its own")
     if dropped:
         plan.notes.append(f"{len(dropped)} buffers that models now compute were dropped ({dropped[0]} …)")
     return plan
@@ -122,12 +106,10 @@ def check_related(plan: Plan, b: Weights, d: Weights) -> None:
     embedding = plan.embedding
     if plan.base_of.get(embedding) is not None:
         return
-    products = torch.zeros(3, dtype=torch.float64)
-    pairs = zip(b.blocks(embedding), d.blocks(embedding), strict=False)
-    for ours, theirs in itertools.islice(pairs, 0, None, 8):  # an eighth of the rows says as much
-        rows = min(len(ours), len(theirs))
-        one, other = ours[:rows].float().flatten(), theirs[:rows].float().flatten()
-        products += torch.stack([one @ other, one @ one, other @ other]).double()
+    ours, theirs = b.read(embedding), d.read(embedding)
+    rows = min(len(ours), len(theirs))
+    one, other = (side[:rows:8].float().flatten() for side in (ours, theirs))  # an eighth of the rows says as much
+    products = torch.stack([one @ other, one @ one, other @ other]).double()
     cosine = float(products[0] / (products[1] * products[2]).sqrt().clamp(min=1e-30))
     if cosine < LEAST_COSINE:
         raise UserError(
@@ -147,48 +129,25 @@ def _same_or_grown(
     raise UserError(f"{name}: {list(delta)} on the delta's side, {list(base)} in the base: they do not belong together")
 
 
-def _check_target(plan: Plan, wanted: dict[str, tuple[int, ...]], place: Path) -> None:
-    """The target must be what its configuration describes, tied names aside."""
-    ties = plan.ties
-    for name, shape in wanted.items():
-        if name not in plan.shapes and name not in ties:
-            raise UserError(f"{place}: lacks {name}, which the model of its config.json has")
-        if plan.shapes.get(name, shape) != shape:
-            raise UserError(f"{place}: {name} is {list(plan.shapes[name])}, config.json makes it {list(shape)}")
-    for name in plan.shapes:
-        if name not in wanted and name not in ties:
-            raise UserError(f"{place}: {name} is not part of a {plan.config.model_type}; nothing would load it")
-    for alias, source in ties.items():
-        if alias in plan.shapes and plan.shapes[alias] != plan.shapes[source]:
-            raise UserError(f"{place}: {alias} and {source} are tied in config.json but differ in shape")
-
-
-def merged_blocks(name: str, plan: Plan, b: Weights, d: Weights) -> Iterator[torch.Tensor]:
-    """Blocks of the target's tensor `name` in `plan.dtype`.
+def merged(name: str, plan: Plan, b: Weights, d: Weights) -> torch.Tensor:
+    """The target's tensor `name` in `plan.dtype`.
 
     Raises:
         UserError: the sum, or one of its parts, is NaN or inf.
     """
-    source = plan.base_of[name]
-    if source is None:
-        for block in d.blocks(name):
-            yield _finite(name, block.to(plan.dtype), block, None)
-        return
-    for ours, theirs in zip(b.blocks(source), d.blocks(name), strict=True):
-        yield _finite(name, ours.to(plan.dtype) + theirs.to(plan.dtype), theirs, ours)
-
-
-def _finite(name: str, total: torch.Tensor, delta: torch.Tensor, base: torch.Tensor | None) -> torch.Tensor:
+    source, delta = plan.base_of[name], d.read(name)
+    base = None if source is None else b.read(source)
+    total = delta.to(plan.dtype) if base is None else base.to(plan.dtype) + delta.to(plan.dtype)
     if all_finite(total):
         return total
-    for side, block in (("delta", delta), ("base", base)):
-        if block is not None and not all_finite(block):
+    for side, tensor in (("delta", delta), ("base", base)):
+        if tensor is not None and not all_finite(tensor):
             raise UserError(f"{name}: the {side} holds NaN or inf; download it again")
-    kind = str(total.dtype).removeprefix("torch.")
+    kind = str(plan.dtype).removeprefix("torch.")
     raise UserError(f"{name}: the sum overflows {kind}; use --dtype bfloat16 or float32")
 
 
-def merge(
+def merge_delta(
     base: ModelFolder,
     delta: ModelFolder,
     target: Path,
@@ -199,29 +158,22 @@ def merge(
 ) -> dict[str, Any]:
     """Write base + delta to the folder `target`; the report, as in `merge_report.json`."""
     b, d = base.weights(), delta.weights()
-    with new_folder(target, overwrite) as partial, InputHashes(base=b, delta=d) as inputs:
-        plan = plan_merge(base, delta, b, d, dtype)  # hashing has begun: the imports for this take their time
+    with new_folder(target, overwrite, [base.path, delta.path]) as partial:
+        plan = plan_merge(base, delta, b, d, dtype)
         if not any_base:
             check_related(plan, b, d)
         rows = plan.config.vocab_size
         tokens = check_item_tokens(delta, base, rows, b.entries[plan.embedding].shape[0])
-        written = {name: (shape, dtype) for name, shape in plan.shapes.items() if name not in plan.ties}
-        copy_files(delta, partial, ("generation_config.json", "run.json"))
-        plan.notes.append(save_tokenizer(delta, partial) or "tokenizer copied")
-        bar = tqdm(written, unit="tensor", disable=None)
-        names = iter(bar)
-
-        def blocks(name: str) -> Iterator[torch.Tensor]:
-            next(names)
-            return merged_blocks(name, plan, b, d)
-
-        outputs = write_weights(partial, written, blocks, max_shard_bytes)
-        bar.close()
+        specs = {name: (shape, dtype) for name, shape in plan.shapes.items() if name not in plan.ties}
+        copy_files(delta, partial, RUN_FILES)
+        plan.notes.append(save_old_tokenizer(delta, partial) or "tokenizer copied")
+        outputs = write_weights(partial, specs, lambda name: merged(name, plan, b, d), max_shard_bytes)
         _check_ties(plan, b, d)
-        report = build_report(plan, written, b, d, inputs.result(), outputs, tokens)
+        hashes = {"base": b.sha256(), "delta": d.sha256(), "target": outputs}
+        report = build_report(plan, specs, b, d, hashes, tokens)
         write_json(partial / "merge_report.json", report)
         plan.config.dtype = dtype
-        write_settings(partial, plan.config.to_diff_dict())
+        write_json(partial / "config.json", plan.config.to_diff_dict())
     return report
 
 
@@ -230,25 +182,18 @@ def _check_ties(plan: Plan, b: Weights, d: Weights) -> None:
     for alias, source in plan.ties.items():
         if alias not in plan.shapes:
             continue
-        pairs = zip(merged_blocks(alias, plan, b, d), merged_blocks(source, plan, b, d), strict=True)
-        if not all(torch.equal(one, other) for one, other in pairs):
+        if not torch.equal(merged(alias, plan, b, d), merged(source, plan, b, d)):
             raise UserError(f"{alias}: differs from {source}, to which config.json ties it (tie_word_embeddings)")
         plan.notes.append(f"{alias} equals {source} and is tied to it: stored once")
 
 
 def build_report(
-    plan: Plan,
-    written: dict[str, tuple[tuple[int, ...], torch.dtype]],
-    b: Weights,
-    d: Weights,
-    inputs: dict[str, dict[str, str]],
-    outputs: dict[str, str],
-    tokens: int,
+    plan: Plan, specs: Specs, b: Weights, d: Weights, hashes: dict[str, dict[str, str]], tokens: int
 ) -> dict[str, Any]:
     """What was done with each tensor, and the hashes of all weight files."""
     dtype = str(plan.dtype).removeprefix("torch.")
     tensors = {}
-    for name, (shape, _) in written.items():
+    for name, (shape, _) in specs.items():
         source = plan.base_of[name]
         tensors[name] = {
             "done": "copied whole" if source is None else "summed",
@@ -266,7 +211,7 @@ def build_report(
         "notes": plan.notes,
         "dropped": plan.dropped,
         "tensors": tensors,
-        "sha256": {**inputs, "target": outputs},
+        "sha256": hashes,
         "versions": versions("torch", "transformers", "safetensors"),
     }
 
@@ -277,14 +222,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--base-model-path", required=True, help="base model: folder or hub id")
     add_target(parser, "--target-model-path")
     parser.add_argument("--delta-path", required=True, help="delta: folder or hub id")
-    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="arithmetic and result (default: float16)")
+    parser.add_argument("--dtype", choices=FLOATS, default="float16", help="arithmetic and result (default: float16)")
     parser.add_argument("--low-cpu-mem", action="store_true", help="for old commands: memory is always kept low")
     parser.add_argument("--any-base", action="store_true", help="skip the test that embeddings resemble the base's")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)  # reading, adding, hashing and writing already have a thread each
     base, delta = find_model(args.base_model_path), find_model(args.delta_path)
-    target = args.target_model_path
-    report = merge(base, delta, target, DTYPES[args.dtype], args.max_shard_size, args.overwrite, args.any_base)
+    target, dtype = args.target_model_path, getattr(torch, args.dtype)
+    report = merge_delta(base, delta, target, dtype, args.max_shard_size, args.overwrite, args.any_base)
     done = [entry["done"] for entry in report["tensors"].values()]
     for note in report["notes"]:
         say(f"note: {note}")

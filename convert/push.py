@@ -16,20 +16,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run as a script: the root instead of this folder, whose names would shadow others
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from convert.folder import LOADERS, SETTINGS, TOKENIZER_FILES  # noqa: E402
-from convert.hub import reason  # noqa: E402
-from utils import UserError, atomic_path, read_json, run_main, say, sha256  # noqa: E402
+from convert.folder import RUN_FILES, SETTINGS, TOKENIZER_FILES
+from convert.hub import reason
+from folders import LOADERS
+from utils import UserError, atomic_path, read_json, run_main, say, sha256
 
-MARK = "<!-- written by convert/push.py; edit freely and remove this line to keep your text -->"
-REPORTS = ("merge_report.json", "delta_report.json", "convert_report.json", "run.json")
+CARD_MARK = "<!-- written by convert/push.py; edit freely and remove this line to keep your text -->"
+REPORTS = ("merge_report.json", "delta_report.json", "convert_report.json")
 UPLOADED = (
     *LOADERS,
     *SETTINGS,
     *TOKENIZER_FILES,
     *REPORTS,
+    *RUN_FILES,
     "model*.safetensors*",
     "adapter_model.safetensors",
     "pytorch_model*.bin*",
@@ -37,35 +38,33 @@ UPLOADED = (
 )
 
 
-def command_line(script: str, arguments: dict[str, Any]) -> str:
-    """The command that gives a script these arguments, every flag written out.
+def command_line(script: str, record: dict[str, Any]) -> list[str]:
+    """The command that a record (`run.json`, or the `config` of results) keeps as `argv`; none if it keeps no words.
 
     Args:
-        script: the command without flags.
-        arguments: flag → value, as `vars(parse_args())` gives them.
+        script: the command without its words, such as `python test.py`.
     """
-    words = []
-    for flag, value in arguments.items():
-        if value is True:
-            words.append(f"--{flag}")
-        elif value is False:
-            words += [f"--no-{flag}"] if flag in _negatable() else []
-        elif value is not None:
-            words.append(f"--{flag} {shlex.quote(str(value))}")
-    return " \\\n    ".join([script, *words])
+    words = record.get("argv")
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        return []
+    own = words[1:] if words and words[0].endswith(".py") else words
+    return [f"{script} {shlex.join(own)}"]
 
 
-def _negatable() -> set[str]:
-    """Flags that are on unless told otherwise (`--no-…`)."""
-    from arguments import add_data, add_global, add_test, add_train, make_parser
+def read_record(path: Path) -> dict[str, Any]:
+    """A run's or results' JSON file: an object, in which `config`, `arguments` and `files` are objects (or empty).
 
-    names = set()
-    for groups in ((add_global, add_data, add_train), (add_global, add_data, add_test)):
-        parser = make_parser("")
-        for group in groups:
-            group(parser)
-        names |= {action.dest for action in parser._actions if isinstance(action, argparse.BooleanOptionalAction)}
-    return names
+    Raises:
+        UserError: it is of another form.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object")
+    for place in (content, content.setdefault("config", {})):
+        for key in ("config", "arguments", "files", "data_sha256", "versions"):
+            if not isinstance(place, dict) or not isinstance(place.setdefault(key, {}), dict):
+                raise UserError(f"{path}: {key} is not an object")
+    return content
 
 
 def metrics_table(results: list[tuple[Path, dict[str, Any]]]) -> list[str]:
@@ -77,8 +76,8 @@ def metrics_table(results: list[tuple[Path, dict[str, Any]]]) -> list[str]:
             raise UserError(f"{path}: not a results file of test.py (mean_results is missing)")
         if not lines:
             lines += ["| task | prompts | " + " | ".join(means) + " |", "| --- | --- |" + " --- |" * len(means)]
-        task = content.get("config", {}).get("task", "seqrec")
-        cells = [task, str(content.get("test_prompt_ids", "")), *(f"{value:.4f}" for value in means.values())]
+        task = content["config"].get("task", "seqrec")
+        cells = [str(task), str(content.get("test_prompt_ids", "")), *(f"{value:.4f}" for value in means.values())]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -113,13 +112,13 @@ def make_card(folder: Path, repo_id: str, results: list[Path], index_file: Path 
     Raises:
         UserError: a file it is made from is missing or of another form.
     """
-    run = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
-    tested = [(path, read_json(path)) for path in results]
+    run = read_record(folder / "run.json") if (folder / "run.json").is_file() else {}
+    tested = [(path, read_record(path)) for path in results]
     trained = run.get("arguments", {})
-    dataset = trained.get("dataset") or next((c["config"]["arguments"]["dataset"] for _, c in tested), None)
-    if dataset is None:
+    dataset = trained.get("dataset") or next((c["config"]["arguments"].get("dataset") for _, c in tested), None)
+    if not isinstance(dataset, str):
         raise UserError(f"{folder}: has no run.json of finetune.py, so give --results at least")
-    base = trained.get("base_model", "its base")
+    base = str(trained.get("base_model", "its base"))
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     front += [f"base_model: {base}"] if _is_hub_id(base) else []
     front += ["tags: [recommendation, lc-rec]", "---"]
@@ -127,7 +126,7 @@ def make_card(folder: Path, repo_id: str, results: list[Path], index_file: Path 
     usage = USAGE[kind].format(repo=repo_id, dataset=dataset, base=base)
     text = [
         *front,
-        MARK,
+        CARD_MARK,
         f"# {repo_id.split('/')[-1]}",
         f"A generative recommender in the manner of LC-Rec (arXiv 2311.09049): {_article(kind)} for the dataset {dataset}.",
         "",
@@ -139,7 +138,8 @@ def make_card(folder: Path, repo_id: str, results: list[Path], index_file: Path 
     ]
     if tested:
         text += ["## Results", *metrics_table(tested)]
-    text += ["", "## Commands", "```bash", *_commands(run, tested), "```"]
+    if commands := _commands(run, tested):
+        text += ["", "## Commands", "```bash", *commands, "```"]
     if run.get("versions"):
         text += ["", "Versions: " + ", ".join(f"{name} {version}" for name, version in run["versions"].items()) + "."]
     return "\n".join(text) + "\n"
@@ -159,9 +159,9 @@ def _data_lines(run: dict[str, Any], tested: list[tuple[Path, dict[str, Any]]], 
     Raises:
         UserError: the index file is another one.
     """
-    hashes = {name: entry["sha256"] for name, entry in run.get("files", {}).items()}
+    hashes = {name: entry.get("sha256") for name, entry in run.get("files", {}).items() if isinstance(entry, dict)}
     for path, content in tested:
-        for name, digest in content.get("config", {}).get("data_sha256", {}).items():
+        for name, digest in content["config"]["data_sha256"].items():
             if hashes.setdefault(name, digest) != digest:
                 raise UserError(f"{path}: was measured on another {name} file than the model was trained on")
     if index_file is not None:
@@ -173,21 +173,18 @@ def _data_lines(run: dict[str, Any], tested: list[tuple[Path, dict[str, Any]]], 
 
 
 def _commands(run: dict[str, Any], tested: list[tuple[Path, dict[str, Any]]]) -> list[str]:
-    commands = []
-    if run.get("arguments"):
-        processes = run.get("processes", 1)
-        start = f"torchrun --nproc_per_node={processes} finetune.py" if processes > 1 else "python finetune.py"
-        commands.append(command_line(start, run["arguments"]))
+    processes = run.get("processes", 1)
+    many = isinstance(processes, int) and processes > 1
+    commands = command_line(f"torchrun --nproc_per_node={processes} finetune.py" if many else "python finetune.py", run)
     for _, content in tested:
-        if content.get("config", {}).get("arguments"):
-            commands.append(command_line("python test.py", content["config"]["arguments"]))
+        commands += command_line("python test.py", content["config"])
     return commands
 
 
 def write_card(folder: Path, text: str, overwrite: bool) -> None:
     """Write `README.md`; a text of somebody's own is kept unless `overwrite`."""
     path = folder / "README.md"
-    if path.is_file() and MARK not in path.read_text(encoding="utf-8") and not overwrite:
+    if path.is_file() and CARD_MARK not in path.read_text(encoding="utf-8") and not overwrite:
         raise UserError(f"{path}: is there already; add --overwrite to replace it, or --keep-card to push it as it is")
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

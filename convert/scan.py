@@ -15,13 +15,15 @@ import pickletools
 import sys
 from pathlib import Path
 
-if not __package__:  # run as a script: the root instead of this folder, whose names would shadow others
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+import torch
 
-import torch  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import UserError, run_main  # noqa: E402
+from utils import UserError, run_main
 
+ARCHIVE = b"PK\x03\x04"  # torch.load's own test; anything else it takes for bare pickles
+DAMAGED = "<cut short or damaged>"
+NO_FILE = "<not a regular file>"
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 
 _TORCH = {
@@ -105,15 +107,16 @@ def scan_file(path: Path) -> list[str]:
     TorchScript archives and files from before torch 1.6 (a row of bare pickles) count as foreign.
     """
     with open(path, "rb") as file:
-        if file.read(4) != b"PK\x03\x04":  # torch.load's own test; anything else it takes for bare pickles
-            return ["<not a torch archive>"]
+        head = file.read(4)
+    if head != ARCHIVE:
+        return [DAMAGED if ARCHIVE.startswith(head) else "<not a torch archive>"]
     try:
         reader = torch._C.PyTorchFileReader(str(path))
         if "constants.pkl" in reader.get_all_records():
             return ["<TorchScript>"]
         return sorted(pickle_globals(reader.get_record("data.pkl")) - ALLOWED_IN.get(path.name, ALLOWED))
     except (RuntimeError, ValueError, KeyError, IndexError, EOFError):
-        return ["<not a torch archive>"]
+        return [DAMAGED]  # torch's reader is the one that would load it
 
 
 def _is_pickle(path: Path) -> bool:
@@ -122,7 +125,7 @@ def _is_pickle(path: Path) -> bool:
         return True
     with open(path, "rb") as file:
         head = file.read(4)
-    return head == b"PK\x03\x04" or head[:1] == b"\x80"
+    return head == ARCHIVE or head[:1] == b"\x80"
 
 
 def scan_checkpoint(folder: str | Path) -> dict[Path, list[str]]:
@@ -138,6 +141,8 @@ def scan_checkpoint(folder: str | Path) -> dict[Path, list[str]]:
             path = Path(parent) / name
             if path.is_symlink() and not path.resolve().is_relative_to(root):
                 found[path] = ["<a link out of the folder>"]
+            elif not path.is_file() and not path.is_dir():
+                found[path] = [NO_FILE]
             elif name == "latest" and path.is_file() and not is_plain_name(path.read_text(errors="replace").strip()):
                 found[path] = ["<a path out of the folder>"]
             elif path.is_file() and _is_pickle(path) and (foreign := scan_file(path)):
@@ -151,14 +156,17 @@ def is_plain_name(name: str) -> bool:
 
 
 def check_checkpoint(folder: str | Path) -> None:
-    """Refuse a checkpoint whose pickles would import foreign code.
+    """Refuse a checkpoint whose pickles would import foreign code, or cannot be read to the end.
 
     Raises:
         UserError: names the first such file and what it wants to import.
     """
     found = scan_checkpoint(folder)
-    if found:
-        path, names = next(iter(found.items()))
+    for path, names in sorted(found.items(), key=lambda entry: entry[1] in ([NO_FILE], [DAMAGED])):
+        if names == [NO_FILE]:
+            raise UserError(f"{path}: not a regular file")
+        if names == [DAMAGED]:
+            raise UserError(f"{path}: cut short or damaged, not a whole file of torch.save; take another checkpoint")
         more = f" and {len(found) - 1} more files" if len(found) > 1 else ""
         raise UserError(f"{path}: would run foreign code when loaded ({', '.join(names[:3])}){more}; nothing was run")
 

@@ -1,134 +1,262 @@
-"""Write `<D>.user.json`, the preferences and intentions that itemsearch and preferenceobtain need, from the item texts.
+"""Write `<D>.user.json`, the preferences and intentions that itemsearch and preferenceobtain need.
 
-    python data_process/user_texts.py --data_path ./data --dataset ml-100k
+    python data_process/user_texts.py --data_path ./data --dataset ml-100k                                    # by rule
+    OPENAI_API_KEY=… python data_process/user_texts.py --data_path ./data --dataset Games --model gpt-4o-mini \\
+        --base_url https://api.openai.com/v1 --dry_run --price_in 0.15 --price_out 0.60                       # what it costs
+    python data_process/user_texts.py --data_path ./data --dataset Games --base_url http://localhost:8000/v1 --model M
+    python data_process/user_texts.py --data_path ./data --dataset ml-100k --local_model FOLDER
 
-Made by rule, without a language model: a user's preferences are told from the categories, brands and title words that are
-frequent in the history (`items[:-3]`); an intention is worded from the target's own description, brand and categories,
-never from its whole title. `made_by` in the file says so. The paper had these texts written by GPT-3.5 (section III-C).
+The paper had GPT-3.5 write these texts (section III-C). A preference is told from the history `items[:-3]`, an intention from
+its target: `items[-3]` in the part "train", `items[-1]` in "test"; both with the users' reviews, if `<D>.review.json` is
+there. A target's title never stands in its intention. `made_by` in the file says who wrote what (docs/user-texts.md).
 """
 
 from __future__ import annotations
 
-import re
+import argparse
+import json
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from arguments import make_parser  # noqa: E402
-from data import read_inters, read_items  # noqa: E402
-from utils import UserError, read_json, run_main, say, write_json  # noqa: E402
-
-WORD = re.compile(r"[^\W\d_][\w'-]{2,}")
-# words that say nothing of an item
-COMMON = frozenset(
-    "the and for with from that this are was were has have had not but you your our its his her their all any can will "
-    "into out off over per one two new set pack each use used using made make than then them they also more most very "
-    "when where which who what how why about inch inches movie".split()
+from arguments import make_parser
+from data import read_inters, read_items
+from data_process.answers import ATTEMPT, AnswerFile, Ask, Endpoint
+from data_process.local_model import LocalModel
+from data_process.rule_texts import preferences, queries
+from data_process.text_requests import (
+    HELD_OUT,
+    KINDS,
+    SYSTEM,
+    Request,
+    Sources,
+    parse_answer,
+    prompt_of,
+    read_reviews,
+    requests_of,
 )
-MAX_QUERY_WORDS = 12
+from utils import UserError, read_json, run_main, say, write_json
+
+LETTERS_A_TOKEN = 4  # of English text, for estimates
+USUAL_ANSWER = 80  # tokens
+
+Found = Callable[[str, str], "list[str] | None"]  # (user, kind) → texts, None: make them by rule
 
 
-def content_words(text: str) -> list[str]:
-    """The words of a text that say something, lower case, in order, each once."""
-    words = (word.lower() for word in WORD.findall(text))
-    return list(dict.fromkeys(word for word in words if word not in COMMON))
-
-
-def categories_of(item: dict) -> list[str]:
-    """An item's categories, from a text or a list."""
-    value = item.get("categories") or ""
-    parts = value if isinstance(value, list) else str(value).split(",")
-    return [str(part).strip() for part in parts if str(part).strip()]
-
-
-def listed(words: list[str]) -> str:
-    """`a, b and c`."""
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
-def preferences(items: list[dict]) -> list[str]:
-    """Up to three texts about what someone with this history likes; at least one."""
-    kinds = Counter(kind for item in items for kind in categories_of(item))
-    brands = Counter(brand for item in items if (brand := str(item.get("brand") or "").strip()))
-    words = Counter(word for item in items for word in content_words(item["title"]))
-    texts = []
-    if kinds:
-        texts.append(f"The user likes {listed([kind for kind, _ in kinds.most_common(3)])}.")
-    if brands:
-        texts.append(f"The user often chooses items by {listed([brand for brand, _ in brands.most_common(2)])}.")
-    if words:
-        texts.append(f"The user is interested in {listed([word for word, _ in words.most_common(4)])}.")
-    return texts or ["The user has no marked preference yet."]
-
-
-def item_words(item: dict, rng: np.random.Generator) -> str:
-    """What the target is like in its own words, never with its whole title.
-
-    From the description if there is one; else from brand, categories and at most half of the title's words, sorted.
-    """
-    title = content_words(item["title"])
-    words = [word for word in content_words(item.get("description") or "") if word not in title]
-    if len(words) < 2:
-        words = content_words(" ".join([str(item.get("brand") or ""), *categories_of(item)]))
-        half = len(title) // 2
-        chosen = rng.choice(len(title), half, replace=False) if half else []
-        words = list(dict.fromkeys(words + sorted(title[i] for i in chosen)))
-    years = re.findall(r"\b(?:19|20)\d\d\b", item.get("description") or "")[:1]
-    text = " ".join(years + words[:MAX_QUERY_WORDS])
-    whole = item["title"].lower().strip()
-    return text.lower().replace(whole, "").strip() if whole and whole in text.lower() else text
-
-
-def queries(item: dict, history: list[dict], rng: np.random.Generator) -> list[str]:
-    """The two wordings of an intention: one that starts from the user, one from the item."""
-    words = item_words(item, rng) or "something new"
-    kinds = [kind for kind, _ in Counter(kind for old in history for kind in categories_of(old)).most_common(2)]
-    likes = f"As someone who enjoys {listed(kinds)}, I" if kinds else "I"
-    short = " ".join(words.split()[:6])
-    return [f"{likes} would now like something with {short}.", f"Looking for: {words}."]
-
-
-def user_texts(inters: dict[str, list[int]], items: list[dict], seed: int) -> dict:
-    """The content of `<D>.user.json` (README, "Files")."""
-    content: dict = {
-        "made_by": {"program": "data_process/user_texts.py", "method": "rule", "seed": seed},
-        "user_explicit_preference": {},
-        "user_vague_intention": {"train": {}, "test": {}},
-    }
+def user_texts(inters: dict[str, list[int]], items: list[dict], seed: int, found: Found | None = None) -> dict:
+    """The content of `<D>.user.json` (DESIGN: formats), with the texts that are `found` and the others by rule."""
+    splits: dict[str, dict] = {"train": {}, "test": {}}
+    content: dict = {"user_explicit_preference": {}, "user_vague_intention": splits}
     for number, (user, history) in enumerate(inters.items()):
         entries = [items[i] for i in history]
-        content["user_explicit_preference"][user] = preferences(entries[:-3])
-        for split, position in (("train", len(history) - 3), ("test", len(history) - 1)):
-            rng = np.random.default_rng([seed, number, position])
-            content["user_vague_intention"][split][user] = {
-                "item": history[position],
-                "inters": history[:position],
-                "querys": queries(entries[position], entries[:position], rng),
+        given = found(user, "preference") if found else None
+        content["user_explicit_preference"][user] = given or preferences(entries[: -HELD_OUT["preference"]])
+        for split, rows in splits.items():
+            place = len(history) - HELD_OUT[split]
+            given = found(user, split) if found else None
+            rng = np.random.default_rng([seed, number, place])
+            rows[user] = {
+                "item": history[place],
+                "inters": history[:place],
+                "querys": given or queries(entries[place], entries[:place], rng),
             }
     return content
 
 
-def main(argv: list[str] | None = None) -> None:
+# ---- texts of a language model ----
+
+
+def parsed(request: Request, sources: Sources, answers: AnswerFile, tries: int) -> list[str] | None:
+    """The texts of the first answer (of `tries`) that is well formed."""
+    items = sources.inters[request.user]
+    title = sources.items[items[len(items) - HELD_OUT[request.kind]]]["title"]
+    for answer in answers.answers.get(request.key, [])[:tries]:
+        if texts := parse_answer(answer, request.kind, title):
+            return texts
+    return None
+
+
+def ask_all(requests: list[Request], sources: Sources, answers: AnswerFile, writer: Any, tries: int) -> None:
+    """Ask for what is not answered yet, and again, `tries` times in all, where an answer is malformed."""
+    from tqdm import tqdm
+
+    for attempt in range(tries):
+        unanswered = {
+            request.key: request
+            for request in requests
+            if len(answers.answers.get(request.key, [])) == attempt and not parsed(request, sources, answers, tries)
+        }  # by key: equal questions are asked once
+
+        def questions(open_requests: dict[str, Request] = unanswered) -> Iterator[Ask]:
+            for key, request in open_requests.items():
+                yield key, prompt_of(sources, request.user, request.kind)
+
+        with tqdm(total=len(unanswered), unit="answer", disable=None, desc=f"ask, turn {attempt + 1}") as bar:
+
+            def keep(key: str, answer: str, tokens: dict[str, int], bar: Any = bar) -> None:
+                answers.keep(key, answer, tokens)
+                bar.update()
+
+            if unanswered:
+                writer.ask(questions(), SYSTEM, attempt, keep)
+
+
+def estimate(requests: list[Request], sources: Sources, answers: AnswerFile, options: argparse.Namespace) -> None:
+    """Print how many calls are to be made, their tokens and their price."""
+    unanswered = {
+        request.key: request
+        for request in requests
+        if len(answers.answers.get(request.key, [])) < options.tries
+        and not parsed(request, sources, answers, options.tries)
+    }
+    letters = sum(len(SYSTEM) + len(prompt_of(sources, r.user, r.kind)) for r in unanswered.values())
+    tokens = letters // LETTERS_A_TOKEN
+    usual, most = USUAL_ANSWER * len(unanswered), options.max_tokens * len(unanswered)
+    say(f"{len(unanswered):,} calls for {len(requests):,} texts (equal questions are asked once, answers are kept)")
+    say(f"about {tokens:,} tokens in the questions, about {usual:,} in the answers, {most:,} at most")
+    if options.price_in is None or options.price_out is None:
+        say("--price_in and --price_out (dollars for a million tokens) give the cost")
+    else:
+        cost = [(tokens * options.price_in + count * options.price_out) / 1e6 for count in (usual, most)]
+        say(f"about ${cost[0]:,.2f}, ${cost[1]:,.2f} with the longest answers; malformed ones are asked again on top")
+
+
+def texts_by_model(sources: Sources, target: Path, options: argparse.Namespace) -> tuple[Found, dict[str, Any]] | None:
+    """Ask the endpoint or the local model: what was found, and the record of it. None after `--dry_run`."""
+    writer = writer_of(options)
+    model = options.model or options.local_model
+    secret = getattr(writer, "secret", "")
+    answers = AnswerFile(target.with_name(f"{target.stem}.answers.jsonl"), secret)
+    requests = list(requests_of(sources, model))
+    if options.dry_run:
+        estimate(requests, sources, answers, options)
+        return None
+    ask_all(requests, sources, answers, writer, options.tries)
+    found = {(r.user, r.kind): texts for r in requests if (texts := parsed(r, sources, answers, options.tries))}
+    by_rule = Counter(r.kind for r in requests if (r.user, r.kind) not in found)
+    nobody = len(sources.inters) * len(KINDS) - len(requests)
+    say(
+        f"{len(found):,} texts by {model}; tokens paid now: {answers.tokens['prompt']:,} + {answers.tokens['answer']:,}"
+    )
+    if by_rule:
+        count = ", ".join(f"{by_rule[kind]:,} {kind}" for kind in KINDS if by_rule[kind])
+        say(f"note: by rule, as no answer was well formed: {count}; refused by the endpoint: {writer.refused:,} calls")
+    record = {
+        "method": "endpoint" if options.base_url else "local_model",
+        "model": model,
+        "texts_by_model": len(found),
+        "texts_by_rule": {kind: by_rule[kind] for kind in KINDS} | {"without_history": nobody},
+    }
+    if options.base_url:
+        record["base_url"] = writer.place
+    return lambda user, kind: found.get((user, kind)), record
+
+
+def writer_of(options: argparse.Namespace) -> Endpoint | LocalModel:
+    """Who is asked, as the flags say. Raises UserError."""
+    if options.local_model:
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        settings = (options.batch_size, options.max_tokens, options.temperature, options.seed)
+        return LocalModel(options.local_model, *settings, device, options.dtype)
+    settings = {"temperature": options.temperature, "max_tokens": options.max_tokens, "seed": ATTEMPT}
+    if options.settings:
+        settings = parse_settings(options.settings)
+    limits = (options.concurrency, options.retries, options.timeout)
+    endpoint = Endpoint(options.base_url, options.model, *limits, settings)
+    endpoint.check()
+    return endpoint
+
+
+def parse_settings(text: str) -> dict[str, Any]:
+    """`--settings`: a JSON object without what every question sets itself. Raises UserError."""
+    try:
+        settings = json.loads(text)
+    except json.JSONDecodeError:
+        settings = None
+    if not isinstance(settings, dict) or settings.keys() & {"model", "messages", "stream", "n"}:
+        raise UserError(f'--settings {text}: must be a JSON object such as {{"max_completion_tokens": 300}}')
+    return settings
+
+
+# ---- command line ----
+
+
+def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument("--data_path", default="./data", help="folder that holds <dataset>/")
     parser.add_argument("--dataset", required=True, help="name of the dataset")
-    parser.add_argument("--seed", type=int, default=42, help="seed of the choice of title words")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there")
-    options = parser.parse_args(argv)
+    parser.add_argument("--seed", type=int, default=42, help="of the choice of title words, and of sampled answers")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there; kept answers stay")
+    group = parser.add_argument_group("texts of a language model")
+    group.add_argument("--base_url", help="OpenAI-compatible endpoint; its key is read from OPENAI_API_KEY")
+    group.add_argument("--model", help="name of the endpoint's model")
+    group.add_argument("--local_model", help="instead of an endpoint: folder or hub id of a causal LM, run here")
+    group.add_argument("--reviews", type=Path, help="default: <D>.review.json, if it is there")
+    group.add_argument("--concurrency", type=int, default=8, help="questions on their way at once")
+    group.add_argument("--retries", type=int, default=8, help="of a call that fails (429, 5xx, silence), ever later")
+    group.add_argument("--timeout", type=float, default=60.0, help="seconds until silence is a failure")
+    group.add_argument("--tries", type=int, default=3, help="times that a question with malformed answers is asked")
+    group.add_argument("--max_tokens", type=int, default=200, help="of an answer")
+    group.add_argument("--temperature", type=float, default=0.7, help="of sampling (local: from the second try on)")
+    of_endpoint = 'JSON object sent in place of temperature, max_tokens and seed: {"max_completion_tokens": 300}'
+    group.add_argument("--settings", help=of_endpoint)
+    group.add_argument("--batch_size", type=int, default=8, help="questions answered at once (local)")
+    dtypes = ("float32", "bfloat16", "float16")
+    group.add_argument("--dtype", choices=dtypes, default="float32", help="of the weights (local)")
+    group.add_argument("--dry_run", action="store_true", help="print calls, tokens and cost; ask and write nothing")
+    group.add_argument("--price_in", type=float, help="dollars for a million tokens of questions")
+    group.add_argument("--price_out", type=float, help="dollars for a million tokens of answers")
+    return parser
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuse flags that do not go together or are out of range. Raises UserError."""
+    if options.base_url and options.local_model:
+        raise UserError("--base_url and --local_model: give one of them")
+    if bool(options.base_url) != bool(options.model):
+        raise UserError("--base_url and --model: give both")
+    if options.dry_run and not (options.base_url or options.local_model):
+        raise UserError("--dry_run: texts by rule cost nothing; give --base_url and --model")
+    for flag, least in (("concurrency", 1), ("retries", 0), ("tries", 1), ("max_tokens", 1), ("batch_size", 1)):
+        if getattr(options, flag) < least:
+            raise UserError(f"--{flag} {getattr(options, flag)}: must be at least {least}")
+    for flag in ("timeout", "temperature", "price_in", "price_out"):
+        value = getattr(options, flag)
+        if value is not None and not (value > 0 if flag == "timeout" else 0 <= value < float("inf")):
+            raise UserError(f"--{flag} {value}: out of range")
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = build_parser().parse_args(argv)
+    check(options)
     stem = Path(options.data_path) / options.dataset / options.dataset
     target = Path(f"{stem}.user.json")
-    if target.exists() and not options.overwrite:
+    if target.exists() and not options.overwrite and not options.dry_run:
         raise UserError(f"{target} is there already; --overwrite replaces it")
     titles, _ = read_items(Path(f"{stem}.item.json"))
     inters = read_inters(Path(f"{stem}.inter.json"), len(titles))
     entries = read_json(f"{stem}.item.json")
-    content = user_texts(inters, [entries[str(i)] for i in range(len(entries))], options.seed)
-    write_json(target, content, indent=1)
-    say(f"{target}: preferences and intentions of {len(inters):,} users, made by rule")
+    items = [entries[str(i)] for i in range(len(entries))]
+    found, record = None, {"method": "rule"}
+    if options.base_url or options.local_model:
+        path = options.reviews or Path(f"{stem}.review.json")
+        reviews = read_reviews(path, inters) if options.reviews or path.exists() else {}
+        result = texts_by_model(Sources(inters, items, reviews), target, options)
+        if result is None:
+            return
+        found, record = result
+        record["reviews"] = bool(reviews)
+    made_by = {"program": "data_process/user_texts.py", "seed": options.seed} | record
+    write_json(target, {"made_by": made_by} | user_texts(inters, items, options.seed, found), indent=1)
+    say(f"{target}: preferences and intentions of {len(inters):,} users, made by {record.get('model', 'rule')}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,6 +54,12 @@ def change_delta(folder, change):
 def change_json(path, **values):
     content = json.loads(path.read_text()) | values
     path.write_text(json.dumps(content))
+
+
+def instead(path, make):
+    """Something else in place of a file."""
+    path.unlink()
+    make(path)
 
 
 LAYER = "model.layers.1.mlp.up_proj.weight"
@@ -152,6 +160,75 @@ CASES = {
         "needs code of its own",
     ),
     "no weights": (lambda f: (f / "base/model.safetensors").unlink(), "has no weights"),
+    "own code for the tokenizer": (
+        lambda f: change_json(f / "delta/tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.T", None]}),
+        "needs code of its own",
+    ),
+    "empty weights": (
+        lambda f: (f / "base/model.safetensors").write_bytes(b""),
+        "model.safetensors: not a readable safetensors file",
+    ),
+    "a folder as weights": (
+        lambda f: instead(f / "base/model.safetensors", Path.mkdir),
+        "model.safetensors: not a regular file",
+    ),
+    "a pipe as weights": (
+        lambda f: instead(f / "delta/pytorch_model-00002-of-00003.bin", os.mkfifo),
+        "pytorch_model-00002-of-00003.bin: not a regular file",
+    ),
+    "a pipe as index": (
+        lambda f: instead(f / "delta/pytorch_model.bin.index.json", os.mkfifo),
+        "index.json: not a regular file",
+    ),
+    "a pipe as config": (lambda f: instead(f / "base/config.json", os.mkfifo), "config.json: not a regular file"),
+    "a device as tokenizer": (
+        lambda f: instead(f / "delta/tokenizer.model", lambda path: path.symlink_to("/dev/zero")),
+        "tokenizer.model: a link that leads out",
+    ),
+    "config that is a list": (lambda f: (f / "base/config.json").write_text("[]"), "config.json: not a JSON object"),
+    "config without a type": (lambda f: (f / "base/config.json").write_text("{}"), "config.json: "),
+    "config of no language model": (
+        lambda f: change_json(f / "delta/config.json", model_type="vit"),
+        "its model_type is vit",
+    ),
+    "a number as text": (lambda f: change_json(f / "delta/config.json", hidden_size="x"), "config.json: "),
+    "heads that do not divide": (lambda f: change_json(f / "base/config.json", num_attention_heads=7), "config.json: "),
+    "no heads": (lambda f: change_json(f / "base/config.json", num_attention_heads=0), "config.json: "),
+    "negative sizes": (lambda f: change_json(f / "base/config.json", intermediate_size=-5), "config.json|another base"),
+    "endless layers": (
+        lambda f: change_json(f / "base/config.json", num_hidden_layers=10**9),
+        "num_hidden_layers is 1000000000",
+    ),
+    "sizes that differ from the weights": (
+        lambda f: [change_json(f / side / "config.json", intermediate_size=64) for side in ("base", "delta")],
+        r"is \[48, 32\], config.json makes it \[64, 32\]",
+    ),
+    "fewer layers than the weights": (
+        lambda f: [change_json(f / side / "config.json", num_hidden_layers=1) for side in ("base", "delta")],
+        "layers.1.*(is not part of|lacks)",
+    ),
+    "more layers than the weights": (
+        lambda f: [change_json(f / side / "config.json", num_hidden_layers=3) for side in ("base", "delta")],
+        "lacks model.layers.2",
+    ),
+    "a tokenizer that is nothing": (
+        lambda f: (f / "delta/tokenizer.json").write_text("{}"),
+        "the tokenizer cannot be read",
+    ),
+    "a tokenizer that is a list": (lambda f: (f / "delta/tokenizer.json").write_text("[]"), "tokenizer"),
+    "a tokenizer cut short": (
+        lambda f: os.truncate(f / "delta/tokenizer.model", 100),
+        "the tokenizer cannot be read",
+    ),
+    "tokens that are a list": (
+        lambda f: (f / "delta/added_tokens.json").write_text("[]"),
+        "the tokenizer cannot be read",
+    ),
+    "tokens without numbers": (lambda f: change_json(f / "delta/added_tokens.json", **{"<a_0>": "x"}), "token"),
+    "settings of a tokenizer that are a list": (
+        lambda f: (f / "delta/tokenizer_config.json").write_text("[]"),
+        "tokenizer_config.json: not a JSON object",
+    ),
 }
 
 

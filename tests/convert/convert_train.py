@@ -1,6 +1,6 @@
 """Train a tiny LLaMA with DeepSpeed on the CPU and save checkpoints as the trainer does.
 
-torchrun --nproc_per_node=2 tests/convert_train.py STAGE OUTPUT [--tied] [--lora]
+torchrun --nproc_per_node=2 tests/convert/convert_train.py STAGE OUTPUT [--tied] [--lora]
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import sys
 from pathlib import Path
 
 os.environ["DS_ACCELERATOR"] = "cpu"
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import deepspeed  # noqa: E402
-import torch  # noqa: E402
-from convert_parts import ITEM_TOKENS, VOCABULARY, save_tokenizer, tiny_llama  # noqa: E402
-from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator  # noqa: E402
+import deepspeed
+import torch
+from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from convert_parts import ITEM_TOKENS, VOCABULARY, save_tokenizer, tiny_llama
 
 
 def main() -> None:

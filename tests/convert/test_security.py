@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pickle
 import shutil
 import sys
@@ -140,7 +141,7 @@ def test_an_adapter_for_testing(tmp_path, witness):
     save_tokenizer(tmp_path / "base")
     save_tokenizer(tmp_path / "adapter", ITEM_TOKENS)
     write_adapter(tmp_path / "adapter", witness)
-    with pytest.raises(UserError, match="code.*not run"):
+    with pytest.raises(UserError, match="could run code, so it was not read"):
         load_for_test(str(tmp_path / "adapter"), base_model=str(tmp_path / "base"), lora=True)
 
 
@@ -243,6 +244,27 @@ def test_an_archive_after_a_bare_pickle_does_not_hide_it(checkpoint, witness):
     path.write_bytes(pickle.dumps({"bomb": Bomb(witness)}, protocol=2) + innocent)
     assert zipfile.is_zipfile(path)
     assert scan_file(path) == ["<not a torch archive>"]
+
+
+@pytest.mark.parametrize("left", [0, 3, 300])
+def test_a_file_cut_short_is_not_called_foreign(checkpoint, left):
+    os.truncate(checkpoint / SHARDS["optimizer"], left)
+    with pytest.raises(UserError, match="optimizer.pt: cut short or damaged, not a whole file of torch.save"):
+        check_checkpoint(checkpoint)
+
+
+def test_foreign_code_is_said_before_what_is_damaged(checkpoint, witness):
+    os.truncate(checkpoint / SHARDS["model state"], 3)
+    write_bomb(checkpoint / SHARDS["scheduler"], witness)
+    with pytest.raises(UserError, match="scheduler.pt: would run foreign code"):
+        check_checkpoint(checkpoint)
+
+
+def test_a_pipe_in_place_of_a_file_is_refused(checkpoint):
+    (checkpoint / SHARDS["optimizer"]).unlink()
+    os.mkfifo(checkpoint / SHARDS["optimizer"])
+    with pytest.raises(UserError, match="optimizer.pt: not a regular file"):
+        check_checkpoint(checkpoint)
 
 
 def test_torchscript_and_hidden_opcodes_are_foreign(tmp_path, witness):

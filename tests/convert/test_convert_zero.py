@@ -29,7 +29,7 @@ def runs(tmp_path_factory):
         if words not in made:
             folder = tmp_path_factory.mktemp("run") / "ckpt"
             command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-            command += ["--standalone", str(ROOT / "tests/convert_train.py"), words[0], str(folder), *words[1:]]
+            command += ["--standalone", str(ROOT / "tests/convert/convert_train.py"), words[0], str(folder), *words[1:]]
             result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment())
             assert result.returncode == 0, result.stderr[-3000:]
             result = convert(ROOT / "convert/convert.sh", folder)
@@ -96,7 +96,8 @@ def test_paths_relative_to_the_root_from_inside_convert(runs, tmp_path):
     """`cd convert; ./convert.sh ./ckpt/D/` with a copy of the repository's scripts around it."""
     root = tmp_path / "repository"
     shutil.copytree(ROOT / "convert", root / "convert", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "utils.py", root)
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, root)
     shutil.copytree(runs("3") / "checkpoint-2", root / "ckpt/D/checkpoint-2")
     command = ["bash", "./convert.sh", "./ckpt/D/"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment()}

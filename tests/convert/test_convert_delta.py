@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -23,8 +22,7 @@ from convert_parts import (
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from convert import make_delta, merge_delta, weights
-from convert.folder import find_model
+from convert import make_delta, merge_delta
 from utils import UserError, sha256
 
 KINDS = ("safetensors", "safetensors-sharded", "bin", "bin-sharded")
@@ -132,35 +130,30 @@ def test_old_llama_buffers_are_dropped_with_a_note(parts, capsys):
 
 def test_an_existing_target_stays_unless_told(parts):
     _, _, folder = parts
-    (folder / "target").mkdir()
-    (folder / "target/precious").write_text("x")
+    merge(folder)
+    before = (folder / "target/model.safetensors").read_bytes()
     with pytest.raises(UserError, match="exists.*--overwrite"):
-        merge(folder)
-    assert (folder / "target/precious").read_text() == "x"
-    merge(folder, "--overwrite")
-    assert not (folder / "target/precious").exists()
+        merge(folder, "--dtype", "float32")
+    assert (folder / "target/model.safetensors").read_bytes() == before
+    merge(folder, "--dtype", "float32", "--overwrite")
+    assert (folder / "target/model.safetensors").read_bytes() != before
 
 
-@pytest.fixture
-def small_steps(monkeypatch):
-    """Threads that hash read, and run ahead by, 1,000 bytes: they have to wait for the merge again and again."""
-    for name in ("AHEAD_BYTES", "HASH_BYTES", "FLUSH_BYTES"):
-        monkeypatch.setattr(weights, name, 1000)
+@pytest.mark.parametrize(("place", "message"), [("base", "is what is read from"), ("other", "was not written here")])
+def test_overwriting_is_for_our_own_output(parts, place, message):
+    _, _, folder = parts
+    (folder / "other").mkdir()
+    (folder / "other/precious").write_text("x")
+    before = {path: path.read_bytes() for path in (folder / place).iterdir()}
+    with pytest.raises(UserError, match=message):
+        words = ["--base-model-path", f"{folder}/base", "--delta-path", f"{folder}/delta"]
+        merge_delta.main([*words, "--target-model-path", f"{folder}/{place}", "--overwrite"])
+    assert {path: path.read_bytes() for path in (folder / place).iterdir()} == before
 
 
-def test_the_report_has_the_hash_of_every_file(parts, small_steps):
+def test_the_report_has_the_hash_of_every_file(parts):
     _, _, folder = parts
     report = merge(folder, "--max-shard-size", "40KB")
     for side, suffix in (("base", ".safetensors"), ("delta", ".bin"), ("target", ".safetensors")):
         files = {path.name: sha256(path) for path in (folder / side).glob(f"*{suffix}")}
         assert len(files) > (side != "base") and report["sha256"][side] == files
-
-
-def test_hashing_does_not_run_far_ahead_of_reading(parts, small_steps):
-    side = find_model(parts[2] / "delta").weights()
-    with weights.InputHashes(delta=side) as inputs:
-        time.sleep(0.2)
-        assert inputs._found == {"delta": {}}  # each file is larger than 1,000 bytes
-        for name in side:
-            side.read(name)
-        assert len(inputs.result()["delta"]) == 3

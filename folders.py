@@ -1,0 +1,189 @@
+"""Folders that are written whole or not at all, one process at a time, and of which only what was written is ever removed.
+
+    with new_folder(target, overwrite, reads=[base]) as partial:
+        model.save_pretrained(partial)              # `target` is there, complete, when the block has ended well
+
+Every folder so written lists its files in `.written.json`. `overwrite` replaces only a folder that has such a list and
+holds nothing else, `remove_written` removes only what is on it. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from utils import UserError, read_json, write_json
+
+WRITTEN = ".written.json"
+LOADERS = ("config.json", "adapter_config.json")  # without one of them nothing loads a folder
+
+
+@contextlib.contextmanager
+def new_folder(target: str | Path, overwrite: bool = False, reads: Iterable[Path] = ()) -> Iterator[Path]:
+    """A folder to fill, which becomes `target` when the block ends well, and is removed when it does not.
+
+    Until then it is `.<target>.partial` beside it. What a killed process left there is cleared up by the next call.
+
+    Args:
+        overwrite: replace `target` if it is a folder of ours, which holds nothing else.
+        reads: folders that the block reads from; `target` must be none of them, nor hold one.
+
+    Raises:
+        UserError: `target` exists and is not to be replaced, another process writes it, or the disk fails or is full.
+    """
+    target = _real(target)
+    _refuse_inputs(target, reads)
+    _refuse_existing(target, overwrite)
+    partial, old = _beside(target, "partial"), _beside(target, "old")
+    with locked(target):
+        _recover(target, old)
+        _refuse_existing(target, overwrite)
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            yield partial
+            _finish(partial)
+            if target.exists():
+                target.rename(old)
+            partial.rename(target)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{what_failed(error, target, partial)}; nothing was left in {target}") from None
+        finally:
+            _recover(target, old)
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(target: str | Path) -> Iterator[None]:
+    """Hold `target`, which need not exist, for this process; the lock goes with the process, however it ends.
+
+    The lock is on the file `.<target>.lock` beside it, which is gone afterwards.
+
+    Raises:
+        UserError: another process holds it, or the place cannot be written.
+    """
+    target = _real(target)
+    path, busy = _beside(target, "lock"), UserError(f"{target}: another process is writing it now; wait for it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be made ({error.strerror})") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise busy from None
+        except OSError:
+            pass  # a file system without locks
+        if not path.exists() or os.fstat(handle).st_ino != path.stat().st_ino:
+            raise busy  # the other one has just finished and removed it
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+
+
+def written(folder: Path) -> list[str] | None:
+    """What the folder's record lists: paths below it of the files that were written here; None if it has no record.
+
+    Raises:
+        UserError: the record is damaged, or lists a path out of the folder.
+    """
+    path = folder / WRITTEN
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    names = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: not a record of files")
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
+        raise UserError(f"{path}: lists a file outside of its folder")
+    return names
+
+
+def remove_written(folder: Path) -> None:
+    """Remove the files on the folder's record, the settings first, then the record and every folder that is left empty."""
+    names = written(folder) or []
+    for name in sorted(names, key=lambda name: name not in LOADERS):
+        (folder / name).unlink(missing_ok=True)
+    (folder / WRITTEN).unlink(missing_ok=True)
+    for parent, _, _ in os.walk(folder, topdown=False):
+        with contextlib.suppress(OSError):  # not empty
+            Path(parent).rmdir()
+
+
+def what_failed(error: Exception, *places: Path) -> str:
+    """What went wrong while the first of `places` was made: a write, or a read if the error names a file outside of them."""
+    named, why = getattr(error, "filename", None), getattr(error, "strerror", None) or str(error)
+    if isinstance(named, (str, os.PathLike)) and not any(Path(named).is_relative_to(place) for place in places):
+        return f"{named}: cannot be read ({why})"
+    return f"{places[0]}: cannot be written ({why})"
+
+
+def _real(target: str | Path) -> Path:
+    """The folder itself where `target` is a link to one: it is replaced, not the link."""
+    target = Path(target)
+    return target.resolve() if target.is_symlink() else target
+
+
+def _beside(target: Path, ending: str) -> Path:
+    target = target if target.name not in ("", "..") else target.resolve()
+    return target.parent / f".{target.name}.{ending}"
+
+
+def _files(folder: Path) -> list[str]:
+    """The paths below `folder` of all that is no folder, sorted; not the record itself."""
+    found = (Path(parent) / name for parent, _, files in os.walk(folder) for name in files)
+    return sorted({path.relative_to(folder).as_posix() for path in found} - {WRITTEN})
+
+
+def _finish(partial: Path) -> None:
+    """Write the record, give all files the usual rights (safetensors makes its own private), bring them to the disk."""
+    write_json(partial / WRITTEN, {"files": _files(partial)})
+    umask = os.umask(0)
+    os.umask(umask)
+    for name in (*_files(partial), WRITTEN):
+        (partial / name).chmod(0o666 & ~umask)
+        with open(partial / name, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def _refuse_inputs(target: Path, reads: Iterable[Path]) -> None:
+    ours = target.resolve()
+    for folder in reads:
+        theirs = Path(folder).resolve()
+        if ours == theirs or ours in theirs.parents:
+            raise UserError(f"{target}: is what is read from ({folder}); choose another folder to write to")
+
+
+def _refuse_existing(target: Path, overwrite: bool) -> None:
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target}: a file is in the way; choose another folder")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"{target}: exists; choose another folder or add --overwrite")
+    names = written(target)
+    if names is None:
+        raise UserError(f"{target}: was not written here (it has no {WRITTEN}), so it is not replaced")
+    foreign = sorted(set(_files(target)) - set(names))
+    if foreign:
+        raise UserError(
+            f"{target}: holds {foreign[0]}, which was not written here; move it away, or choose another folder"
+        )
+
+
+def _recover(target: Path, old: Path) -> None:
+    """Bring back the folder that was moved aside if nothing has taken its place; else remove it."""
+    if old.exists() and not target.exists():
+        old.rename(target)
+    remove_written(old)
