@@ -148,13 +148,14 @@ def run(folder: Path, interactions: int) -> None:
     size = sum(path.stat().st_size for path in (reviews, metadata)) / 2**30
     print(f"{interactions:,} reviews and metadata: {size:.2f} GiB gzipped, made in {time.perf_counter() - start:.0f} s")
     new = [sys.executable, "data_process/from_amazon.py", "--reviews", str(reviews), "--metadata", str(metadata)]
+    new += ["--data_path", str(folder / "new"), "--dataset", "Bench"]
     old = [sys.executable, "benchmarks/bench_data.py", "--plain", str(reviews), str(metadata), str(folder / "old")]
-    ours = measured([*new, "--data_path", str(folder / "new"), "--dataset", "Bench"])
-    theirs = measured(old)
     print("| | seconds | processor seconds | peak memory, GiB |\n| --- | --- | --- | --- |")
-    for name, row in (("dicts and lists", theirs), ("from_amazon.py", ours)):
-        print(f"| {name} | {row[0]:.1f} | {row[1]:.1f} | {row[2]:.2f} |")
-    print("| ratio | " + " | ".join(f"{old / new:.1f}" for old, new in zip(theirs, ours, strict=True)) + " |")
+    rows = []
+    for name, command in (("from_amazon.py", new), ("dicts and lists", old)):
+        rows.append(measured(command))
+        print(f"| {name} | {rows[-1][0]:.1f} | {rows[-1][1]:.1f} | {rows[-1][2]:.2f} |", flush=True)
+    print("| ratio | " + " | ".join(f"{plain / ours:.1f}" for ours, plain in zip(*rows, strict=True)) + " |")
     for kind in ("inter", "item", "review"):
         left, right = (folder / way / f"Bench/Bench.{kind}.json" for way in ("new", "old"))
         print(f"{kind}.json: {'the same' if same(left, right) else 'DIFFERENT'}")

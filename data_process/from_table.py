@@ -36,6 +36,16 @@ def frames(paths: list[Path], columns: dict[str, str], texts: list[str], bad: Ba
             yield path, frame.select("line", **ours)
 
 
+def add_event_flags(parser: argparse.ArgumentParser) -> None:
+    """The files of interactions and the names of their columns."""
+    add = parser.add_argument
+    add("--interactions", required=True, nargs="+", metavar="FILE", help="files, folders or patterns")
+    add("--user_column", default="user", help="column of the user's id")
+    add("--time_column", default="time", help="column of the time")
+    add("--rating_column", default="rating", help="column of the rating, for --min_rating")
+    add("--review_column", default="", help="column of the user's review text, if there is one")
+
+
 def add_item_flags(parser: argparse.ArgumentParser) -> None:
     """The files of items and the names of their columns."""
     add = parser.add_argument
@@ -50,12 +60,7 @@ def add_item_flags(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("--interactions", required=True, nargs="+", metavar="FILE", help="files, folders or patterns")
-    add("--user_column", default="user", help="column of the user's id")
-    add("--time_column", default="time", help="column of the time")
-    add("--rating_column", default="rating", help="column of the rating, for --min_rating")
-    add("--review_column", default="", help="column of the user's review text, if there is one")
+    add_event_flags(parser)
     add_item_flags(parser)
     add_flags(parser)
     options = parser.parse_args(argv)
