@@ -203,6 +203,13 @@ TRAIN = (
     ),
     Flag("logging_step", 10, "optimiser steps between two lines of the log", whole(1), Role.FREE),
     Flag("model_max_length", 2048, "longer samples are cut, in tokens", whole(1)),
+    Flag(
+        "tokenisation",
+        "base",
+        "text around item tokens: base, as the base model's tokenizer cuts it today; 2023, as LLaMA's cut it then, with "
+        "which the paper's checkpoints were trained (a LLaMA base only); paper: 2023 for a LLaMA base, else base",
+        choices=("base", "2023", "paper"),
+    ),
     Flag("weight_decay", 0.01, "decoupled weight decay of AdamW", real(0)),
     Flag(
         "resume_from_checkpoint",

@@ -32,7 +32,7 @@ import torch
 from arguments import add_data, add_global, add_train, comma_list, make_parser, parse_tasks
 from collator import IGNORE, TrainCollator
 from data import RecData, load_data
-from processes import barrier, join_for_training, on_main
+from processes import join_for_training, on_main
 from prompt_style import PromptStyle
 from resume import find_resume
 from run_folder import FINAL, LOG, PREPARED, RECORD, TENSORBOARD, RunFolder, RunRecord, model_fingerprint
@@ -331,6 +331,7 @@ def begin(
             args.model_max_length,
             args.packing,
             start=(Path(args.init_item_tokens), data) if args.init_item_tokens else None,
+            tokenisation=args.tokenisation,
         )
     return checkpoint, adapter
 
@@ -414,29 +415,39 @@ def task_samples(run: Run) -> TaskValidSet | None:
 
 
 def save_final(run: Run) -> None:
-    """Consolidate the trained weights into the run's folder itself, whatever the DeepSpeed configuration gathers."""
-    from modeling import full_state, save_model
-    from training import disk_full_is_said
+    """Consolidate the trained weights into the run's folder itself, whatever the DeepSpeed configuration gathers.
+
+    Raises:
+        UserError: weights are not finite, or the disk is full.
+    """
+    from modeling import full_state
 
     model = run.trainer.accelerator.unwrap_model(run.trainer.model_wrapped)
     state = full_state(model)
-    if state is not None:  # on the main process
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and name in state and not torch.isfinite(state[name]).all():
-                raise UserError(
-                    f"{name} is not finite after the last step: there is no model to save; lower --learning_rate"
-                )
-        temporary = run.folder / FINAL
-        with disk_full_is_said(temporary, "the final model"):
-            if run.args.lora:
-                model.save_pretrained(temporary, state_dict=state, save_embedding_layers=False)
-                run.tokenizer.save_pretrained(temporary)
-            else:
-                save_model(model, run.tokenizer, temporary, state)
-            run.style.save(temporary, run.data)
-        run.folder.finish()
-        say(f"{run.folder.path}: the trained model")
-    barrier()
+    on_main(lambda: write_final(run, model, state))
+
+
+def write_final(run: Run, model: Any, state: dict[str, torch.Tensor] | None) -> None:
+    """On the main process: write the weights `state`, then put all in place."""
+    from modeling import save_model
+    from training import disk_full_is_said
+
+    assert state is not None  # the others have none
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name in state and not torch.isfinite(state[name]).all():
+            raise UserError(
+                f"{name} is not finite after the last step: there is no model to save; lower --learning_rate"
+            )
+    temporary = run.folder / FINAL
+    with disk_full_is_said(temporary, "the final model"):
+        if run.args.lora:
+            model.save_pretrained(temporary, state_dict=state, save_embedding_layers=False)
+            run.tokenizer.save_pretrained(temporary)
+        else:
+            save_model(model, run.tokenizer, temporary, state)
+        run.style.save(temporary, run.data)
+    run.folder.finish()
+    say(f"{run.folder.path}: the trained model")
 
 
 def main(argv: list[str] | None = None) -> None:

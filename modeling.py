@@ -15,75 +15,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from adapters import merge_adapter
-from collator import adds_bos
 from convert.folder import find_model
 from convert.hub import local_or_hub
 from data import RecData
+from tokenising import add_item_tokens, cut_as_in_2023, first_line, is_llamas, item_token_ids, load_tokenizer
 from trie import ItemTrie
 from utils import UserError, is_main
 
 # what checkpoints of older libraries store besides their weights
 BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-# ---- tokenizer ----
-
-
-def load_tokenizer(path: str | Path, model_max_length: int = 2048) -> Any:
-    """The tokenizer of a folder or hub id, with a pad token, and with BOS where a LLaMA tokenizer does not say otherwise.
-
-    LLaMA pads with its unknown token (id 0); a tokenizer whose unknown token has another id pads with EOS.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, model_max_length=model_max_length, padding_side="right", trust_remote_code=False
-        )
-    except MemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001  (a tokenizer's files can be wrong in any way)
-        raise UserError(f"{path}: no tokenizer can be loaded ({first_line(error)})") from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{path}: the tokenizer has no end-of-sequence token")
-    if tokenizer.pad_token_id is None:
-        unknown_is_zero = tokenizer.unk_token is not None and tokenizer.unk_token_id == 0
-        tokenizer.pad_token = tokenizer.unk_token if unknown_is_zero else tokenizer.eos_token
-    if getattr(
-        tokenizer, "legacy", False
-    ):  # transformers obeys it but does not save it: the saved one would cut otherwise
-        tokenizer.init_kwargs["legacy"] = True
-    # A bare tokenizer.model says nothing of BOS and transformers then adds none; LLaMA 1 and 2 were trained with it.
-    told = (Path(path) / "tokenizer_config.json").exists() or (Path(path) / "tokenizer.json").exists()
-    if Path(path).is_dir() and not told and not adds_bos(tokenizer):
-        tokenizer.add_bos_token = True
-    return tokenizer
-
-
-def add_item_tokens(tokenizer: Any, tokens: list[str]) -> list[int]:
-    """Add `tokens` in the order given; the ids of those that are new. Text is never normalised before they are matched."""
-    known = tokenizer.get_vocab()
-    new = [token for token in tokens if token not in known]
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in new])
-    return tokenizer.convert_tokens_to_ids(new)
-
-
-def item_token_ids(tokenizer: Any, data: RecData) -> list[tuple[int, ...]]:
-    """The token ids of every item's index.
-
-    Raises:
-        UserError: the tokenizer lacks item tokens, as before fine-tuning.
-    """
-    vocab = tokenizer.get_vocab()
-    missing = [token for token in data.item_tokens if token not in vocab]
-    if missing:
-        raise UserError(
-            f"the checkpoint's tokenizer lacks {len(missing)} of the {len(data.item_tokens)} item tokens of "
-            f"{data.files['index']} ({missing[0]}, …): is it fine-tuned on this index file?"
-        )
-    return [tuple(vocab[token] for token in index) for index in data.indices]
 
 
 def item_trie(tokenizer: Any, data: RecData, no_eos: bool = False) -> ItemTrie:
@@ -97,16 +41,6 @@ def item_trie(tokenizer: Any, data: RecData, no_eos: bool = False) -> ItemTrie:
         return ItemTrie(rows, None if no_eos else tokenizer.eos_token_id)
     except ValueError as error:
         raise UserError(f"{data.files.get('index', data.name)}: {error}{' (--no_eos)' if no_eos else ''}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text that says something."""
-    if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to load it all the same
-        return "a .bin file of it carries code, which was not run"
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-# ---- models ----
 
 
 def load_model(path: str | Path, dtype: torch.dtype | None = None, **more: Any) -> PreTrainedModel:
@@ -191,12 +125,6 @@ def grow_vocabulary(
             weight[new_ids] = drawn.to(weight)
 
 
-def has_item_tokens(path: str | Path, tokens: list[str]) -> bool:
-    """True if the tokenizer at `path` knows all `tokens`."""
-    vocab = load_tokenizer(path).get_vocab()
-    return all(token in vocab for token in tokens)
-
-
 def prepare_base(
     base_model: str,
     target: Path,
@@ -205,6 +133,7 @@ def prepare_base(
     model_max_length: int = 2048,
     packing: bool = False,
     start: tuple[Path, RecData] | None = None,
+    tokenisation: str = "base",
 ) -> None:
     """Write to `target` the base model with the item tokens added, in the base's own dtype.
 
@@ -213,11 +142,14 @@ def prepare_base(
     Args:
         start: item embeddings that the new rows start from, and their items (`rows_from_embeddings`).
         packing: make sure that the model keeps packed samples apart (`packing.check_packing`).
+        tokenisation: "base", "2023" (`tokenising.cut_as_in_2023`), or "paper": 2023 where that is possible.
     """
     base_model = local_or_hub(base_model, "--base_model")
     tokenizer = load_tokenizer(base_model, model_max_length)
     model = load_model(base_model)
     new_ids = add_item_tokens(tokenizer, tokens)
+    if tokenisation == "2023" or (tokenisation == "paper" and is_llamas(tokenizer)):
+        tokenizer = cut_as_in_2023(tokenizer)
     torch.manual_seed(seed)
     rows = None
     if start is not None:

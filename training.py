@@ -258,13 +258,16 @@ class RecTrainer(Trainer):
         """
         norm = super()._get_grad_norm(model, grad_norm)
         step = self.state.global_step + 1
-        self._check_finite(step, "the loss", float(self._tr_loss))
+        self._check_finite(step, "the loss", float(sum_over_processes(self._tr_loss.clone())))
         if norm is not None and not self.args.fp16:  # of a gradient that is not finite DeepSpeed says -1
             self._check_finite(step, "the gradient's norm", float(norm) if norm >= 0 else math.nan)
         return norm
 
     def _check_finite(self, step: int, what: str, value: float) -> None:
+        """All processes must see the same `value`; the main one speaks."""
         if not math.isfinite(value):
+            if not is_main():
+                sys.exit(2)
             kept = checkpoints(Path(self.args.output_dir))
             raise UserError(
                 f"step {step}: {what} is {value}, so that nothing can be learned from here on; try a lower --learning_rate, "

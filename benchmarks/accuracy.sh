@@ -3,6 +3,7 @@
 #
 #   bash benchmarks/accuracy.sh                         flat indices (one token an item), seeds 42 43 44; prints a table
 #   METHOD=rqvae bash benchmarks/accuracy.sh            three levels of 64 codes from the texts
+#   METHOD=x INDEX_FLAGS="--preset paper" bash benchmarks/accuracy.sh      an RQ-VAE with these flags, its index called x
 #   NAME=x FINETUNE_FLAGS="--epochs 20" bash benchmarks/accuracy.sh        another recipe, in folders of its own
 #   DATASET=Mine SOURCE=./data/Mine bash benchmarks/accuracy.sh
 #
@@ -32,9 +33,12 @@ if [ ! -e "$stem.emb-minilm-td.npy" ]; then
 fi
 if [ ! -e "$stem.$METHOD.json" ]; then
   if [ "$METHOD" = rqvae ]; then
-    python index/main.py --data_path "$stem.emb-minilm-td.npy" --ckpt_dir "$work/index" --preset fast --num_emb_list 64 64 64 \
-      --sk_epsilons 0 0 0.003 --layers 512 256 128
-    python index/generate_indices.py --ckpt_path "$work/index" --output_file "$stem.$METHOD.json"
+    INDEX_FLAGS="${INDEX_FLAGS:---preset fast --num_emb_list 64 64 64 --sk_epsilons 0 0 0.003 --layers 512 256 128}"
+  fi
+  if [ -n "${INDEX_FLAGS:-}" ]; then
+    # shellcheck disable=SC2086
+    python index/main.py --data_path "$stem.emb-minilm-td.npy" --ckpt_dir "$work/index-$METHOD" $INDEX_FLAGS
+    python index/generate_indices.py --ckpt_path "$work/index-$METHOD" --output_file "$stem.$METHOD.json"
   else
     python index/generate_indices.py --method "$METHOD" --data_path "$stem.emb-minilm-td.npy" --output_file "$stem.$METHOD.json"
   fi

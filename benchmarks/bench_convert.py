@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(1, f"{sys.path[0]}/tests/convert")
+sys.path.insert(1, f"{sys.path[0]}/tests")
 
 from convert.folder import find_model, parse_size, skeleton
 from convert.merge_delta import merge_delta

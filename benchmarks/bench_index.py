@@ -1,26 +1,19 @@
-"""How soon an RQ-VAE is good: a plain training loop against index/ with `--preset fast`, in turn in one call; and scale.
+"""How soon an RQ-VAE is good: a plain training loop against index/ with `--preset fast`, in turn in one call.
 
     python benchmarks/bench_index.py --data_path ./data/Games/Games.emb-llama-td.npy            # plain, then ours
     python benchmarks/bench_index.py --data_path F --threads 1     # then processor time is the clock to trust
-    python benchmarks/bench_index.py --data_path F --epochs 20 --no-equal_time                  # a shorter look
-    python benchmarks/bench_index.py --items 1000000                  # memory and time of main.py, generate_indices.py
 
-The plain loop is the paper's recipe (4 levels of 256 codes, epsilon 0.003 on the last, batches of 1,024, AdamW with
-1e-3 and weight decay 1e-4, linear schedule) over a DataLoader that stacks rows, with Sinkhorn on the whole plan and one
-optimiser step a batch. Both are measured with nearest codes on all items; the clock stands still meanwhile. Quality is
-reached where reconstruction and collision rate are both at or below the plain loop's at its end. Then both models, and
-the methods that train none, make their indices: conflicts, error and purity side by side.
+The plain loop is the paper's recipe without batch norm (4 levels of 256 codes, epsilon 0.003 on the last, batches of
+1,024, AdamW with 1e-3 and weight decay 1e-4, linear schedule) over a DataLoader that stacks rows, with Sinkhorn on the
+whole plan and one optimiser step a batch. Both are measured with nearest codes on all items; the clock stands still
+meanwhile. Quality is reached where reconstruction and collision rate are both at or below the plain loop's at its end.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
-import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,25 +23,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-INDEX = Path(__file__).resolve().parent.parent / "index"
-sys.path.insert(0, str(INDEX))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "index"))
 
-import main as index_main  # noqa: E402
-from embeddings import Embeddings  # noqa: E402
-from figures import collision_groups, index_figures  # noqa: E402
-from index_report import LABEL_FIELDS, labels_of, read_items  # noqa: E402
-from methods import METHODS, Index, Options, index_of  # noqa: E402
-from models.quantiser import VectorQuantizer, squared_distances  # noqa: E402
-from models.rqvae import RQVAE, RQVAEConfig  # noqa: E402
-from parallel import Processes  # noqa: E402
-from purity import label_purity, neighbour_purity  # noqa: E402
-from start import balance, start  # noqa: E402
-from trainer import Trainer  # noqa: E402
+import main as index_main
+from embeddings import Embeddings
+from figures import index_figures
+from models.quantiser import VectorQuantizer, squared_distances
+from models.rqvae import RQVAE, RQVAEConfig
+from parallel import Processes
+from start import balance, start
+from trainer import Trainer
 
 PAPER = {"num_emb_list": [256] * 4, "sk_epsilons": [0.0, 0.0, 0.0, 0.003]}
 
@@ -116,7 +104,7 @@ class PlainQuantizer(VectorQuantizer):
         return plan.argmax(-1)
 
 
-def plain_loop(x: torch.Tensor, epochs: int, warmup_epochs: int, seed: int) -> tuple[list[Point], RQVAE]:
+def plain_loop(x: torch.Tensor, epochs: int, warmup_epochs: int, seed: int) -> list[Point]:
     """The paper's recipe without tricks; measured at the end and at every tenth of the way."""
     torch.manual_seed(seed)
     model = RQVAE(x.shape[1], RQVAEConfig(**PAPER, seed=seed))
@@ -143,17 +131,17 @@ def plain_loop(x: torch.Tensor, epochs: int, warmup_epochs: int, seed: int) -> t
         assert math.isfinite(loss_sum)
         if epoch % max(1, epochs // 10) == 0 or epoch == epochs:
             show("plain", clock.measure(model, epoch))
-    return clock.points, model.eval()
+    return clock.points
 
 
-def fast_preset(path: str, x: torch.Tensor, seed: int, epochs: int | None, folder: str) -> tuple[list[Point], RQVAE]:
-    """index/ with `--preset fast` (or for `epochs`), its start included in the time.
+def fast_preset(path: str, x: torch.Tensor, seed: int, folder: str) -> list[Point]:
+    """index/ with `--preset fast`, its start included in the time.
 
     Measured after the start and at tenths of the way, each time as if the run ended there.
     """
     flags = ["--preset", "fast", "--data_path", path, "--ckpt_dir", folder, "--device", "cpu", "--seed", str(seed)]
-    args, _ = index_main.parse(flags + (["--epochs", str(epochs)] if epochs else []))
-    index_main.set_seed(seed)
+    args, _ = index_main.parse_flags(flags)
+    index_main.seed_all(seed)
     device = torch.device("cpu")
     processes, embeddings = Processes(device), Embeddings(path, device)
 
@@ -169,8 +157,7 @@ def fast_preset(path: str, x: torch.Tensor, seed: int, epochs: int | None, folde
         trainer.train_epoch(epoch)
         if (epoch + 1) % max(1, args.epochs // 10) == 0 or epoch + 1 == args.epochs:
             show("fast", clock.measure(model, epoch + 1, finish))
-    finish(model)
-    return clock.points, model.eval()
+    return clock.points
 
 
 def show(name: str, point: Point) -> None:
@@ -185,31 +172,16 @@ def show(name: str, point: Point) -> None:
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """Run both, print the ratios, and make the indices of both."""
+    """Run both and print the ratios."""
     x = torch.from_numpy(np.load(args.data_path).astype(np.float32))
     print(
         f"{args.data_path}: {len(x)} items × {x.shape[1]}, CPU, {torch.get_num_threads()} threads; "
         "s: wall clock, CPU: processor seconds of the process",
         flush=True,
     )
-    plain, plain_model = plain_loop(x, args.epochs, args.warmup_epochs, args.seed)
-    goal = plain[-1]
+    plain = plain_loop(x, args.epochs, args.warmup_epochs, args.seed)
     with tempfile.TemporaryDirectory() as folder:
-        fast, fast_model = fast_preset(args.data_path, x, args.seed, None, folder)
-        result = ratios(goal, fast)
-        if args.equal_time:
-            per_epoch = (fast[-1].cpu_seconds - fast[0].cpu_seconds) / fast[-1].epoch
-            epochs = max(1, round((goal.cpu_seconds - fast[0].cpu_seconds) / per_epoch))
-            last = fast_preset(args.data_path, x, args.seed, epochs, folder)[0][-1]
-            result["equal_time"] = {"plain": goal.reconstruction, "fast": last.reconstruction, "epochs": epochs}
-            print(
-                f"after equal time ({last.cpu_seconds:.0f} CPU against {goal.cpu_seconds:.0f}, the preset with --epochs "
-                f"{epochs}): reconstruction {last.reconstruction:.6f} against {goal.reconstruction:.6f}, "
-                f"{last.reconstruction / goal.reconstruction:.2f} of it; collision rate "
-                f"{last.figures['collision_rate']:.4f} against {goal.figures['collision_rate']:.4f}"
-            )
-    result["indices"] = indices(args, {f"plain, {args.epochs} epochs": plain_model, "--preset fast": fast_model})
-    return result
+        return ratios(plain[-1], fast_preset(args.data_path, x, args.seed, folder))
 
 
 def ratios(goal: Point, fast: list[Point]) -> dict[str, Any]:
@@ -241,137 +213,18 @@ def _times(point: Point, goal: Point) -> str:
     )
 
 
-def indices(args: argparse.Namespace, models: dict[str, RQVAE]) -> dict[str, Any]:
-    """Make the index of each model, and of the methods that train none; print conflicts, error and purity."""
-    embeddings = Embeddings(args.data_path, torch.device("cpu"))
-    beside = Path(args.data_path.split(".emb-")[0] + ".item.json")
-    items = read_items(beside, len(embeddings)) if beside.exists() else []
-    rows: dict[str, Any] = {}
-    for allow in (True, False):
-        options = Options(allow_conflicts=allow)
-        made = {name: index_of(model, embeddings, options) for name, model in models.items()}
-        if not allow:
-            made |= {f"--method {name}": METHODS[name](embeddings, options) for name in ("rqkmeans", "random")}
-        for name, index in made.items():
-            rows[f"{name}{', --allow_conflicts' if allow else ''}"] = _row(index, embeddings, items)
-    for name, row in rows.items():
-        print(f"{name}:\n    {row['conflicts']}, reconstruction {row['reconstruction']}")
-        for kind, purity in row["purity"].items():
-            words = ", ".join(
-                f"{depth['prefix_levels']}: {depth['share']:.1%} ({depth['chance']:.2%})" for depth in purity
-            )
-            print(f"    {kind} under the same first n codes (by chance): {words}")
-    return rows
-
-
-def _row(index: Index, embeddings: Embeddings, items: list[dict[str, Any]]) -> dict[str, Any]:
-    codes, resolution = index.resolution.codes, index.resolution
-    left = sum(len(group) - 1 for group in collision_groups(codes))
-    purity = {"10 nearest neighbours": neighbour_purity(codes, embeddings)}
-    purity |= {f"same {field}": label_purity(codes, labels_of(items, field)) for field in LABEL_FIELDS if items}
-    return {
-        "conflicts": f"colliding items at first and after the rounds {resolution.colliding[0]}, {resolution.colliding[-1]}; "
-        f"conflicts (items - indices) in the end {left}",
-        "reconstruction": index.reconstruction_mse and round(index.reconstruction_mse, 6),
-        "purity": {kind: depths for kind, depths in purity.items() if depths},
-    }
-
-
-def clustered_rows(path: Path, items: int, dim: int, seed: int = 0) -> None:
-    """A `.npy` of float16 rows around 4,096 centres, written piece by piece."""
-    rng = np.random.default_rng(seed)
-    centres = rng.standard_normal((4096, dim), dtype=np.float32)
-    rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(items, dim))
-    for first in range(0, items, 50_000):
-        count = min(50_000, items - first)
-        noise = rng.standard_normal((count, dim), dtype=np.float32)
-        rows[first : first + count] = centres[rng.integers(4096, size=count)] + 0.5 * noise
-    rows.flush()
-
-
-def measured(name: str, command: list[str]) -> dict[str, float]:
-    """Run `command`; its seconds and its largest resident memory.
-
-    Memory is the sum over the process and its children (workers that read ahead), sampled ten times a second, and counts
-    the pages of the mapped file too, in each process that has read them.
-    """
-    before, peak = time.perf_counter(), 0
-    with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, stdout=log, stderr=log, text=True) as process:
-        tree = psutil.Process(process.pid)
-        while process.poll() is None:
-            with contextlib.suppress(psutil.Error):
-                peak = max(peak, sum(_resident(one) for one in (tree, *tree.children(recursive=True))))
-            time.sleep(0.1)
-        log.seek(0)
-        output = log.read()
-    seconds = time.perf_counter() - before
-    if process.returncode:
-        raise SystemExit(f"{name} failed: {output[-2000:]}")
-    print(f"{name}: {seconds:.0f} s, {peak / 2**30:.2f} GiB at most", flush=True)
-    return {"seconds": seconds, "peak_gib": peak / 2**30}
-
-
-def _resident(process: psutil.Process) -> int:
-    """Bytes in memory; 0 where the process has just ended."""
-    with contextlib.suppress(psutil.Error):
-        return process.memory_info().rss
-    return 0
-
-
-def scale(args: argparse.Namespace) -> dict[str, Any]:
-    """Train and generate for `args.items` random clustered items, each in a process of its own."""
-    with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        folder = Path(name)
-        clustered_rows(folder / "x.npy", args.items, args.dim)
-        size = (folder / "x.npy").stat().st_size / 2**30
-        print(
-            f"{args.items} items × {args.dim} float16 around 4,096 centres: {size:.2f} GiB; hidden layers {args.layers}, "
-            f"{args.scale_epochs} epochs, batches of {args.scale_batch}, one worker, CPU, {torch.get_num_threads()} threads",
-            flush=True,
-        )
-        common = ["--data_path", str(folder / "x.npy"), "--device", "cpu"]
-        train = ["--preset", "fast", "--epochs", str(args.scale_epochs), "--batch_size", str(args.scale_batch)]
-        train += ["--num_workers", "1", "--layers", *map(str, args.layers), "--ckpt_dir", str(folder / "ckpt")]
-        result = {"train": measured("train", [sys.executable, str(INDEX / "main.py"), *common, *train])}
-        out = ["--ckpt_path", str(folder / "ckpt"), "--output_file", str(folder / "x.index.json")]
-        result["generate"] = measured("generate", [sys.executable, str(INDEX / "generate_indices.py"), *common, *out])
-        report = json.loads((folder / "x.index.report.json").read_text())
-        written = json.loads((folder / "x.index.json").read_text())
-        result["conflicts"] = len(written) - len({tuple(tokens) for tokens in written.values()})
-        print(
-            f"colliding at first and after each round {report['colliding_by_round']}; moved to free indices "
-            f"{report['moved_on_last_level']} on the last level, {report['moved_to_other_prefix']} to another prefix "
-            f"({report['moved_greedily']} one by one); in the file: {len(written)} items, {result['conflicts']} conflicts"
-        )
-        worst = max(result["train"]["peak_gib"], result["generate"]["peak_gib"])
-        print(f"most memory of either: {worst:.2f} GiB")
-    return result
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data_path", help="embeddings of a real catalogue, .npy")
+    add("--data_path", required=True, help="embeddings of a real catalogue, .npy")
     add("--epochs", type=int, default=100, help="of the plain loop (100)")
     add("--warmup_epochs", type=int, default=5, help="of the plain loop (5)")
     add("--seed", type=int, default=2024, help="of both (2024)")
-    equal = "also train the preset for as long as the plain loop took (yes)"
-    add("--equal_time", action=argparse.BooleanOptionalAction, default=True, help=equal)
     add("--threads", type=int, help="processor threads (PyTorch's choice)")
-    add("--items", type=int, help="measure scale instead: so many random clustered items")
-    add("--dim", type=int, default=768, help="with --items: width (768)")
-    add("--scale_epochs", type=int, default=3, help="with --items: epochs (3)")
-    add("--scale_batch", type=int, default=4096, help="with --items: batch (4096)")
-    add("--layers", type=int, nargs="+", default=[256, 128, 64], help="with --items: hidden widths (256 128 64)")
-    add("--folder", help="with --items: where the temporary files go, 4 GB for a million items (the system's)")
     args = parser.parse_args(argv)
-    if not args.items and not args.data_path:
-        parser.error("give --data_path, or --items for scale")
     if args.threads:
         torch.set_num_threads(args.threads)
-        os.environ["OMP_NUM_THREADS"] = str(args.threads)  # of the processes that --items starts
-    run: Callable[[argparse.Namespace], dict[str, Any]] = scale if args.items else compare
-    return run(args)
+    return compare(args)
 
 
 if __name__ == "__main__":

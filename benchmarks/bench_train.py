@@ -107,6 +107,7 @@ def worker(job: dict) -> None:
     flags += ["--max_steps", str(job["steps"]), "--report_to", "none", "--valid_prompt_sample_num", "1"]
     flags += ["--logging_step", "1000000", "--save_and_eval_strategy", "steps", "--save_and_eval_steps", "1000000"]
     flags += ["--deepspeed", str(ROOT / "config/ds_z3_bf16.json") if job["zero3"] else "none"]
+    flags += ["--loss_average", "token"]  # as the plain Trainer of today
     flags += ["--packing"] if job["kind"] == "b" else []
     flags += ["--no-gradient_checkpointing"] if job["no_checkpointing"] else []
     run = finetune.prepare(finetune.parse(flags), plain_trainer if job["kind"] == "a" else None)

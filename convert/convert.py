@@ -40,7 +40,7 @@ from convert.weights import Specs, Weights, all_finite, is_old_buffer, write_wei
 from folders import LOADERS, new_folder
 from utils import UserError, run_main, versions, write_json
 
-RUN_FILES = ("*.json", "train*")
+COPIED = ("*.json", "train*")
 
 
 def shard_folder(source: Path) -> Path | None:
@@ -139,7 +139,7 @@ def copy_run_files(source: ModelFolder, target: Path) -> None:
     run = ModelFolder(source.path.resolve().parent, source.allowed.parent)
     sides = [run, source] if re.fullmatch(r"checkpoint-\d+", source.path.resolve().name) else [source]
     for side in sides:
-        copy_files(side, target, (*TOKENIZER_FILES, *RUN_FILES))
+        copy_files(side, target, (*TOKENIZER_FILES, *COPIED))
         for path in (*target.glob("*.index.json"), *(target / name for name in LOADERS)):
             path.unlink(missing_ok=True)
 

@@ -14,6 +14,7 @@ import torch
 from convert.hub import local_or_hub, reason
 from convert.weights import Specs, Weights, inside, is_old_buffer
 from data import ITEM_TOKEN
+from prompt_style import ITEMS, STYLE
 from utils import UserError, read_json
 
 MOST_LAYERS = 1000
@@ -33,7 +34,8 @@ TOKENIZER_FILES = (
 )
 SETTINGS = ("config.json", "generation_config.json")
 # On the hub a repository may also hold the authors' own format (consolidated*) and other precisions in folders.
-HUB_PATTERNS = (*SETTINGS, *TOKENIZER_FILES, "adapter_config.json", "README.md", "*.index.json")
+RUN_FILES = ("generation_config.json", "run.json", STYLE, ITEMS)  # what goes along with a run's weights
+HUB_PATTERNS = (*SETTINGS, *TOKENIZER_FILES, *RUN_FILES, "adapter_config.json", "README.md", "*.index.json")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from convert.folder import FLOATS, TOKENIZER_FILES, ModelFolder, add_target, copy_files, find_model
+from convert.folder import FLOATS, RUN_FILES, TOKENIZER_FILES, ModelFolder, add_target, copy_files, find_model
 from convert.merge_delta import Plan, plan_merge
 from convert.push import push_folder
 from convert.weights import Weights, all_finite, count_different, write_weights
@@ -63,7 +63,7 @@ def make_delta(
     inexact: dict[str, int] = {}
     with new_folder(delta, overwrite, [base.path, target.path]) as partial:
         plan = plan_merge(base, target, b, t, dtype)
-        copy_files(target, partial, (*TOKENIZER_FILES, "generation_config.json", "run.json"))
+        copy_files(target, partial, (*TOKENIZER_FILES, *RUN_FILES))
         specs = {name: (shape, dtype) for name, shape in plan.shapes.items()}
         outputs = write_weights(partial, specs, lambda name: difference(name, plan, b, t, inexact), max_shard_bytes)
         report = {

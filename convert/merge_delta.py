@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from convert.folder import (
     FLOATS,
+    RUN_FILES,
     ModelFolder,
     add_target,
     check_item_tokens,
@@ -164,7 +165,7 @@ def merge_delta(
         rows = plan.config.vocab_size
         tokens = check_item_tokens(delta, base, rows, b.entries[plan.embedding].shape[0])
         specs = {name: (shape, dtype) for name, shape in plan.shapes.items() if name not in plan.ties}
-        copy_files(delta, partial, ("generation_config.json", "run.json"))
+        copy_files(delta, partial, RUN_FILES)
         plan.notes.append(save_old_tokenizer(delta, partial) or "tokenizer copied")
         outputs = write_weights(partial, specs, lambda name: merged(name, plan, b, d), max_shard_bytes)
         _check_ties(plan, b, d)

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from adapters import PREFIX
 from convert.folder import (
     FLOATS,
+    RUN_FILES,
     TOKENIZER_FILES,
     ModelFolder,
     add_target,
@@ -67,7 +68,7 @@ def merge_lora(
         for name, tensor in model.named_parameters():
             if not all_finite(tensor):
                 raise UserError(f"{name}: NaN or inf in {kind}; check the adapter, or --dtype")
-        copy_files(adapter, partial, (*TOKENIZER_FILES, "generation_config.json", "run.json"))
+        copy_files(adapter, partial, (*TOKENIZER_FILES, *RUN_FILES))
         model.config.dtype = dtype
         model.save_pretrained(partial, max_shard_size=max_shard_bytes)
         written = Weights(partial)

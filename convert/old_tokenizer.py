@@ -8,12 +8,11 @@ history, all item tokens and separators, reaches the model in tokens it has neve
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from convert.folder import TOKENIZER_FILES, ModelFolder, copy_files, read_tokenizer
-from data import ITEM_TOKEN
+from convert.folder import TOKENIZER_FILES, ModelFolder, copy_files
+from tokenising import cut_as_in_2023, load_tokenizer
 
 
 def rebuild(folder: ModelFolder) -> tuple[Any, str] | None:
@@ -28,40 +27,11 @@ def rebuild(folder: ModelFolder) -> tuple[Any, str] | None:
         return None
     if not str(settings.get("tokenizer_class", "LlamaTokenizer")).startswith("LlamaTokenizer"):
         return None
-    loaded = read_tokenizer(folder)
     strips = "added_tokens_decoder" not in settings  # how 4.34 and later write what they know of added tokens
-    backend = _with_old_rules(loaded, strips, settings.get("add_bos_token", True))
-    from transformers import PreTrainedTokenizerFast
-
-    special = {name: getattr(loaded, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        model_max_length=loaded.model_max_length,
-        clean_up_tokenization_spaces=False,
-        **{name: token for name, token in special.items() if token is not None},
-    )
+    loaded = load_tokenizer(folder.path, settings.get("model_max_length", 2048))
+    made = cut_as_in_2023(loaded, strips, settings.get("add_bos_token", True))
     around = ", blanks around item tokens dropped" if strips else ""
     return made, f"tokenizer rebuilt with the rules of its training (▁ before each piece of text{around})"
-
-
-def _with_old_rules(loaded: Any, strips: bool, adds_bos: bool) -> Any:
-    from tokenizers import Tokenizer, normalizers
-    from tokenizers.processors import TemplateProcessing
-
-    content = json.loads(loaded.backend_tokenizer.to_str())
-    for token in content["added_tokens"]:
-        if ITEM_TOKEN.fullmatch(token["content"]):
-            token["lstrip"] = token["rstrip"] = strips
-            token["normalized"] = False  # else they would be looked for with a ▁ before them
-    backend = Tokenizer.from_str(json.dumps(content))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.pre_tokenizer = None
-    if adds_bos:
-        bos = loaded.bos_token
-        backend.post_processor = TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, loaded.bos_token_id)]
-        )
-    return backend
 
 
 def save_old_tokenizer(folder: ModelFolder, target: Path) -> str | None:

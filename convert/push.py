@@ -18,18 +18,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from convert.folder import SETTINGS, TOKENIZER_FILES
+from convert.folder import RUN_FILES, SETTINGS, TOKENIZER_FILES
 from convert.hub import reason
 from folders import LOADERS
 from utils import UserError, atomic_path, read_json, run_main, say, sha256
 
 CARD_MARK = "<!-- written by convert/push.py; edit freely and remove this line to keep your text -->"
-REPORTS = ("merge_report.json", "delta_report.json", "convert_report.json", "run.json")
+REPORTS = ("merge_report.json", "delta_report.json", "convert_report.json")
 UPLOADED = (
     *LOADERS,
     *SETTINGS,
     *TOKENIZER_FILES,
     *REPORTS,
+    *RUN_FILES,
     "model*.safetensors*",
     "adapter_model.safetensors",
     "pytorch_model*.bin*",

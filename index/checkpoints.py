@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
-from common import UserError, atomic_path
+from commands import InputError
+from input_files import load_pth
 from models.rqvae import RQVAE, RQVAEConfig
+from output_files import written_whole
 
-EPOCH_FILE = re.compile(r"epoch_(\d+)_collision_(\d+\.\d+)_model\.pth")
+EPOCH_FILE = re.compile(r"epoch_([0-9]+)_collision_([0-9]+\.[0-9]+)_model\.pth")
 NEEDED = ("args", "epoch", "state_dict")
 
 
@@ -20,26 +22,20 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     """The content of a `.pth` file: tensors and plain values only, `args` as `argparse.Namespace`.
 
     Raises:
-        UserError: no such file, damaged, not an RQ-VAE checkpoint, or it carries objects of another class (those are
-            refused before anything of theirs runs).
+        InputError: not readable (input_files.load_pth), not an RQ-VAE checkpoint, or weights that are not finite.
     """
-    path = Path(path)
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder; expected a .pth file") from None
-    except Exception as error:  # torch raises many kinds for damaged files
-        text = str(error).strip() or type(error).__name__
-        foreign = re.search(r"GLOBAL (\S+)", text) or re.search(r"Unsupported (?:global|class|operand)[^\n]*", text)
-        if foreign:
-            raise UserError(f"{path}: refused, it carries a foreign object ({foreign.group(0)})") from None
-        raise UserError(f"{path}: not a readable checkpoint ({text.splitlines()[0][:120]})") from None
+    content = load_pth(path, device)
     missing = [key for key in NEEDED if not isinstance(content, dict) or key not in content]
     if missing or not isinstance(content["args"], argparse.Namespace):
-        raise UserError(f"{path}: not an RQ-VAE checkpoint (lacks {', '.join(missing) or 'flags in args'})")
+        raise InputError(f"{path}: not an RQ-VAE checkpoint (lacks {', '.join(missing) or 'flags in args'})")
+    epoch, weights = content["epoch"], content["state_dict"]
+    if not isinstance(epoch, int) or not -1 <= epoch < 10**9:
+        raise InputError(f"{path}: its epoch is {str(epoch)[:40]!r}; expected a whole number")
+    if not isinstance(weights, dict) or not weights:
+        raise InputError(f"{path}: its state_dict holds no weights")
+    for name, value in weights.items():
+        if not isinstance(value, torch.Tensor) or value.is_complex() or value.layout != torch.strided:
+            raise InputError(f"{path}: its state_dict.{name} is no tensor of plain numbers")
     return content
 
 
@@ -47,22 +43,43 @@ def model_from_checkpoint(content: dict[str, Any], path: str | Path) -> RQVAE:
     """The RQ-VAE that `content` describes, with its weights (on the CPU, in training mode, not to be initialised again).
 
     Raises:
-        UserError: flags and weights do not belong together.
+        InputError: flags and weights do not belong together, or a weight is not finite.
     """
+    weights = content["state_dict"]
     try:
-        first = content["state_dict"]["encoder.mlp_layers.1.weight"]
-        model = RQVAE(first.shape[1], RQVAEConfig.from_args(content["args"]))
-        model.load_state_dict(content["state_dict"])
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        width = weights["encoder.mlp_layers.1.weight"].shape[1]
+        config = RQVAEConfig.from_args(content["args"])
+        with torch.device("meta"):  # shapes first: wrong flags must not ask for memory
+            shapes = {name: value.shape for name, value in RQVAE(width, config).state_dict().items()}
+        wrong = [name for name in shapes.keys() | weights.keys() if shapes.get(name) != _shape(weights.get(name))]
+        if wrong:
+            raise InputError(f"{path}: its weights do not fit its flags ({min(wrong)})")
+        for name, value in weights.items():
+            if not torch.isfinite(value).all():
+                raise InputError(f"{path}: its state_dict.{name} has numbers that are not finite (NaN or inf)")
+        model = RQVAE(width, config)
+        model.load_state_dict(weights)
+    except (AttributeError, IndexError, KeyError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{path}: its weights do not fit its flags ({reason})") from None
+        raise InputError(f"{path}: its weights do not fit its flags ({reason})") from None
     return model
 
 
+def _shape(value: torch.Tensor | None) -> torch.Size | None:
+    return None if value is None else value.shape
+
+
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """`torch.save`, atomically."""
-    with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+    """`torch.save`, whole or not at all.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    with written_whole(path) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # torch's word for a full disk
+            raise OSError(None, " ".join(str(error).split())[:80] + "; is the disk full?") from None
 
 
 def epoch_files(folder: Path) -> list[tuple[int, float, Path]]:
@@ -89,7 +106,7 @@ def newest_checkpoint(path: str | Path) -> Path:
     """`path` itself, or the newest state in the run folder `path`: where training goes on.
 
     Raises:
-        UserError: nothing there.
+        InputError: nothing there.
     """
     path = Path(path)
     if not path.is_dir():
@@ -97,7 +114,7 @@ def newest_checkpoint(path: str | Path) -> Path:
     candidates = [path / "last_model.pth"] if (path / "last_model.pth").exists() else []
     candidates += [entry[2] for entry in epoch_files(path)[-1:]]
     if not candidates:
-        raise UserError(f"{path}: has no epoch_…_model.pth to go on from")
+        raise InputError(f"{path}: has no epoch_…_model.pth to go on from")
     return max(candidates, key=lambda file: file.stat().st_mtime)
 
 
@@ -105,7 +122,7 @@ def best_checkpoint(path: str | Path) -> Path:
     """`path` itself, or `best_collision_model.pth` of the run folder `path`, or of the newest run in it.
 
     Raises:
-        UserError: nothing there.
+        InputError: nothing there.
     """
     path = Path(path)
     if not path.is_dir():
@@ -115,5 +132,5 @@ def best_checkpoint(path: str | Path) -> Path:
         return path / name
     runs = sorted(path.glob(f"*/{name}"), key=lambda file: file.stat().st_mtime)
     if not runs:
-        raise UserError(f"{path}: no {name} in it or in its run folders; train one with index/main.py")
+        raise InputError(f"{path}: no {name} in it or in its run folders; train one with index/main.py")
     return runs[-1]

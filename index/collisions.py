@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from common import UserError
+from commands import InputError
 from figures import collision_groups, index_keys
 from models.quantiser import squared_distances
 from models.sinkhorn import sinkhorn_codes
@@ -205,13 +205,13 @@ def assign_free(
         new codes, how many of `items` found their prefix full, and how many of those were placed one by one.
 
     Raises:
-        UserError: fewer indices than items.
+        InputError: fewer indices than items.
     """
     sizes = [len(book) for book in codebooks]
     if len(items) == 0:
         return codes.copy(), 0, 0
     if len(codes) > math.prod(sizes):
-        raise UserError(f"{len(codes)} items but only {math.prod(sizes)} indices; train with more levels or codes")
+        raise InputError(f"{len(codes)} items but only {math.prod(sizes)} indices; train with more levels or codes")
     codes = codes.copy()
     levels = codes.shape[1]
     others = np.ones(len(codes), dtype=bool)
@@ -291,7 +291,7 @@ def resolve(
         allow_conflicts: stop after the rounds, as the original does.
 
     Raises:
-        UserError: fewer indices than items (unless `allow_conflicts`).
+        InputError: fewer indices than items (unless `allow_conflicts`).
     """
     nearest = nearest_codes(latents, codebooks)
     residuals = latents - quantised(nearest[:, :-1], codebooks[:-1]) if len(codebooks) > 1 else latents

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from common import UserError
+from commands import InputError
+from input_files import load_array
 
 CHUNK_BYTES = 64 * 2**20  # read at once when a whole file is walked through
+LARGEST = 1e15  # beyond it squared distances leave the range of float32
 RESIDENT_BYTES = 2**30  # files up to this size (as float32) are kept in memory, or on the device
 
 
@@ -27,7 +29,7 @@ class Embeddings:
         device: where batches are wanted.
 
     Raises:
-        UserError: no such file, not a plain `.npy`, wrong shape or dtype, empty, not finite, or all rows equal.
+        InputError: no such file, not a plain `.npy`, wrong shape or dtype, empty, not finite, beyond 1e15, or all rows equal.
     """
 
     def __init__(self, path: str | Path, device: torch.device) -> None:
@@ -79,20 +81,13 @@ class Embeddings:
 
 
 def _open(path: Path) -> np.ndarray:
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; make it with data_process/embed.py") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: not a readable .npy of numbers ({str(error).splitlines()[0]})") from None
-    if not isinstance(array, np.ndarray):
-        raise UserError(f"{path}: is an archive; expected one array in a .npy file")
+    array = load_array(path)
     if array.ndim != 2:
-        raise UserError(f"{path}: has shape {array.shape}; expected (items, dim)")
+        raise InputError(f"{path}: has shape {array.shape}; expected (items, dim)")
     if array.dtype not in (np.float16, np.float32, np.float64):
-        raise UserError(f"{path}: has dtype {array.dtype}; expected float16, float32 or float64")
-    if 0 in array.shape:
-        raise UserError(f"{path}: is empty, shape {array.shape}")
+        raise InputError(f"{path}: has dtype {array.dtype}; expected float16, float32 or float64")
+    if min(array.shape) < 1:
+        raise InputError(f"{path}: is empty, shape {array.shape}")
     return array
 
 
@@ -105,11 +100,13 @@ def _check_values(array: np.ndarray, path: Path) -> None:
             chunk = array[start : start + step].astype(np.float32)
         finite = np.isfinite(chunk).all(axis=1)
         if not finite.all():
-            raise UserError(
+            raise InputError(
                 f"{path}: row {start + int(np.argmin(finite))} has a number that is not finite (as float32)"
             )
+        if max(chunk.max(), -chunk.min()) > LARGEST:
+            raise InputError(f"{path}: has numbers beyond {LARGEST:g}; scale the embeddings")
         constant = (
             constant and bool((chunk == chunk[0]).all()) and bool((chunk[0] == array[0].astype(np.float32)).all())
         )
     if constant and len(array) > 1:
-        raise UserError(f"{path}: all {len(array)} rows are the same; there is nothing to tell items apart by")
+        raise InputError(f"{path}: all {len(array)} rows are the same; there is nothing to tell items apart by")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from pathlib import Path
 
@@ -10,36 +9,38 @@ import numpy as np
 import torch
 
 from collisions import Resolution, assign_free, nearest_codes, quantised, squared_errors
-from common import UserError, read_json
+from commands import InputError
 from embeddings import Embeddings
 from figures import collision_groups
-from methods import Options, draw_distinct, encode, load_model, to_codes, to_number
+from input_files import load_json
+from methods import Options, latents_of, load_rqvae
 
-TOKEN = re.compile(r"<([a-z])_(\d+)>")
+TOKEN = re.compile(r"<([a-z])_(0|[1-9][0-9]{0,6})>")
 
 
 def read_index(path: str | Path) -> np.ndarray:
     """The codes in an index file: int64 (items, levels).
 
     Raises:
-        UserError: not an index file: keys not "0" … "n-1", tokens not `<a_1>` with a letter for each level.
+        InputError: not an index file: keys not "0" … "n-1", tokens not `<a_1>` with a letter for each level.
     """
-    content = read_json(path)
+    content = load_json(path)
     if not isinstance(content, dict) or not content:
-        raise UserError(f'{path}: expected a non-empty object {{"0": ["<a_1>", …], …}}')
+        raise InputError(f'{path}: expected a non-empty object {{"0": ["<a_1>", …], …}}')
     rows = []
     for item in range(len(content)):
-        tokens = content.get(str(item))
-        matches = (
-            [TOKEN.fullmatch(token) if isinstance(token, str) else None for token in tokens]
-            if isinstance(tokens, list)
-            else []
-        )
+        if str(item) not in content:
+            raise InputError(f'{path}: has {len(content)} items but no key "{item}"; keys must run from "0"')
+        tokens = content[str(item)]
+        words = tokens if isinstance(tokens, list) else []
+        matches = [TOKEN.fullmatch(word) if isinstance(word, str) else None for word in words]
         if not matches or any(m is None or m[1] != chr(ord("a") + level) for level, m in enumerate(matches)):
-            raise UserError(f'{path}: item "{item}" has {tokens!r}; expected tokens such as "<a_1>", "<b_2>", …')
+            raise InputError(
+                f'{path}: item "{item}" has {str(tokens)[:80]!r}; expected tokens such as "<a_1>", "<b_2>", …'
+            )
         rows.append([int(match[2]) for match in matches])
         if len(rows[-1]) != len(rows[0]):
-            raise UserError(f'{path}: item "{item}" has {len(rows[-1])} tokens, item "0" has {len(rows[0])}')
+            raise InputError(f'{path}: item "{item}" has {len(rows[-1])} tokens, item "0" has {len(rows[0])}')
     return np.array(rows, dtype=np.int64)
 
 
@@ -60,9 +61,7 @@ def mean_codebooks(latents: torch.Tensor, codes: np.ndarray) -> list[torch.Tenso
     return books
 
 
-def extend(
-    old: np.ndarray, embeddings: Embeddings, options: Options, source: str, *, at_random: bool = False
-) -> Resolution:
+def extend(old: np.ndarray, embeddings: Embeddings, options: Options, source: str) -> Resolution:
     """Codes for all rows of `embeddings`: the first ones keep `old`, the others get free combinations of its codes.
 
     A new item gets the nearest combination; where that is taken, the nearest free one by the same exact assignment that
@@ -74,26 +73,21 @@ def extend(
         options: with `ckpt_path` the RQ-VAE that made the old index; without, distances are taken between embeddings and
             the means of the items that have a code.
         source: the old index file's name, for messages.
-        at_random: draw the free combinations, as `--method random` does.
 
     Raises:
-        UserError: one level only, no new rows, rows that are not the old items', codes that the RQ-VAE lacks, or
+        InputError: one level only, no new rows, rows that are not the old items', codes that the RQ-VAE lacks, or
             fewer free combinations than new items.
     """
     count = len(old)
     if old.shape[1] < 2:
-        raise UserError(f"{source}: has one token an item (flat); a new item would need a token that no model knows")
+        raise InputError(f"{source}: has one token an item (flat); a new item would need a token that no model knows")
     if len(embeddings) <= count:
-        raise UserError(
+        raise InputError(
             f"{embeddings.path}: has {len(embeddings)} rows, {source} {count} items; it must hold all items, old ones first"
         )
     used = [np.unique(old[:, level]) for level in range(old.shape[1])]
     dense = np.stack([np.searchsorted(codes, old[:, level]) for level, codes in enumerate(used)], axis=1)
-    if at_random:
-        new = _draw_free(dense, [len(codes) for codes in used], len(embeddings) - count, options.seed)
-        result = Resolution(np.concatenate([dense, new]), [0])
-    else:
-        result = _nearest_free(dense, used, embeddings, options, source)
+    result = _nearest_free(dense, used, embeddings, options, source)
     result.codes = np.stack([codes[result.codes[:, level]] for level, codes in enumerate(used)], axis=1)
     assert np.array_equal(result.codes[:count], old)
     return result
@@ -105,12 +99,12 @@ def _nearest_free(
     """`dense` (old items, levels), codes numbered within `used`, with rows of the same kind for the new items."""
     count = len(dense)
     if options.ckpt_path:
-        model, _ = load_model(options.ckpt_path, embeddings.device)
+        model, _ = load_rqvae(options.ckpt_path, embeddings.device)
         books = [level.embedding.weight.detach() for level in model.rq.vq_layers]
         if len(books) != len(used) or any(codes[-1] >= len(book) for codes, book in zip(used, books, strict=True)):
-            raise UserError(f"{source}: has codes that the RQ-VAE of {options.ckpt_path} does not have")
+            raise InputError(f"{source}: has codes that the RQ-VAE of {options.ckpt_path} does not have")
         books = [book[torch.from_numpy(codes).to(book.device)] for codes, book in zip(used, books, strict=True)]
-        latents = encode(model, embeddings, options.batch_size)
+        latents = latents_of(model, embeddings, options.batch_size)
     else:
         latents = torch.cat(list(embeddings.in_order(options.batch_size)))
         books = mean_codebooks(latents[:count], dense)
@@ -133,16 +127,6 @@ def _nearest_free(
     )
 
 
-def _draw_free(taken: np.ndarray, sizes: list[int], count: int, seed: int) -> np.ndarray:
-    """`count` different random indices that are not among `taken`: int64 (count, levels)."""
-    keys = {to_number(row, sizes) for row in taken.tolist()}
-    total = math.prod(sizes)
-    if count > total - len(keys):
-        raise UserError(f"{count} new items but only {total - len(keys)} free combinations of tokens in use")
-    drawn = draw_distinct(range(total), min(total, count + len(keys)), seed)
-    return np.array([to_codes(key, sizes) for key in drawn if key not in keys][:count], dtype=np.int64)
-
-
 def _check_same_items(
     latents: torch.Tensor, codes: np.ndarray, books: list[torch.Tensor], embeddings: Embeddings, source: str
 ) -> None:
@@ -151,7 +135,7 @@ def _check_same_items(
     own = ((latents - vectors) ** 2).sum(-1).mean()
     others = ((latents.roll(1, 0) - vectors) ** 2).sum(-1).mean()
     if not own < 0.9 * others:
-        raise UserError(
+        raise InputError(
             f"{embeddings.path}: its first {len(codes)} rows are not the items of {source}; "
             "it must hold all items, the old ones first and in their order"
         )

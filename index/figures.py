@@ -67,7 +67,7 @@ def index_figures(codes: np.ndarray, sizes: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def describe(figures: dict[str, Any]) -> str:
+def figures_in_words(figures: dict[str, Any]) -> str:
     """The figures as a few lines for a terminal."""
     lines = [
         f"{figures['items']} items, {figures['distinct_indices']} distinct indices, collision rate "

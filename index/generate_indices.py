@@ -24,65 +24,75 @@ import numpy as np
 
 from checkpoints import best_checkpoint, load_checkpoint
 from collisions import MAX_ROUNDS, Resolution
-from common import UserError, atomic_path, pick_device, run_main, say, write_json
+from commands import InputError, run_command, tell, use_device
 from embeddings import Embeddings
 from extension import extend, read_index
-from figures import describe, index_figures
-from index_report import LABEL_FIELDS, draw, examples, groups_of, labels_of, read_items
+from figures import figures_in_words, index_figures
+from flag_kinds import CODES, LEVELS, SEED, FlagParser, integer
+from index_report import draw, groups_of, item_titles, title_examples
 from methods import METHODS, Index, Options
-from purity import label_purity, neighbour_purity
+from output_files import check_place, clear_leftovers, save_json, written_whole
+from purity import neighbour_purity
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--method", choices=METHODS, default="rqvae", help="how indices are made (rqvae)")
-    add("--ckpt_path", default="", help="rqvae: checkpoint, run folder, or the --ckpt_dir of main.py (its newest run)")
+def build_parser() -> FlagParser:
+    """The flags, each with what its values may be."""
+    parser = FlagParser(description=__doc__)
+    add = parser.add_argument_group("files and machine").add_argument
     add("--output_file", type=Path, required=True, help="index file to write, e.g. data/Games/Games.index.json")
-    add("--data_path", default="", help="embeddings (default: those that the checkpoint was trained on)")
-    add("--extend", default="", metavar="OLD", help="index file to extend to the rows of --data_path that it lacks")
-    add("--item_file", type=Path, help="titles for the report (default: <D>.item.json beside the index, if there)")
-    sizes = "rqkmeans, random: codes of each level (256 256 256 256)"
-    add("--num_emb_list", type=int, nargs="+", default=[256, 256, 256, 256], help=sizes)
-    add("--kmeans_iters", type=int, default=100, help="rqkmeans: rounds of k-means at most (100)")
-    add("--seed", type=int, default=2024, help="rqkmeans, random: of what is drawn (2024)")
-    add("--device", default="cuda:0", help="cuda:0, cpu, … (cuda:0; without CUDA the CPU)")
-    add("--batch_size", type=int, default=4096, help="items encoded at once (4096)")
-    add(
-        "--max_rounds",
-        type=int,
-        default=MAX_ROUNDS,
-        help=f"Sinkhorn rounds over colliding items at most ({MAX_ROUNDS})",
-    )
-    add("--allow_conflicts", action="store_true", help="stop after the rounds, items may share an index (the original)")
     add("--overwrite", action="store_true", help="replace an index file that is there")
+    add("--ckpt_path", default="", help="rqvae: checkpoint, run folder, or the --ckpt_dir of main.py (its newest run)")
+    add("--data_path", default="", help="embeddings; without the flag those that the checkpoint was trained on")
+    titles = "titles for the report; without the flag <D>.item.json beside the index, if there"
+    add("--item_file", type=Path, help=titles)
+    add("--device", default="cuda:0", help="cuda:0, cpu, …; without CUDA the CPU")
+    add("--batch_size", type=integer(1), default=4096, help="items encoded at once")
+
+    add = parser.add_argument_group("index").add_argument
+    add("--method", choices=METHODS, default="rqvae", help="how indices are made")
+    add("--extend", default="", metavar="OLD", help="index file to extend to the rows of --data_path that it lacks")
+    rounds = "Sinkhorn rounds over colliding items at most"
+    add("--max_rounds", type=integer(0), default=MAX_ROUNDS, help=rounds)
+    add("--allow_conflicts", action="store_true", help="stop after the rounds, items may share an index (the original)")
+    sizes = "rqkmeans, random: codes of each level"
+    add("--num_emb_list", type=CODES, nargs="+", default=[256, 256, 256, 256], help=sizes)
+    add("--kmeans_iters", type=integer(1), default=100, help="rqkmeans: rounds of k-means at most")
+    add("--seed", type=SEED, default=2024, help="rqkmeans, random: of what is drawn")
     return parser
 
 
-def check(args: argparse.Namespace) -> None:
-    """Refuse flags that cannot work.
+def check_together(args: argparse.Namespace) -> None:
+    """Refuse flags that contradict each other, and places where nothing can be written.
 
     Raises:
-        UserError: with the first such flag.
+        InputError: with the first such flag.
     """
+    for path in outputs(args.output_file):
+        check_place(path)
     if args.output_file.exists() and not args.overwrite:
-        raise UserError(f"{args.output_file}: is there already; give --overwrite to replace it")
-    for name, least in {"kmeans_iters": 1, "batch_size": 1, "max_rounds": 0}.items():
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least {least}")
-    if min(args.num_emb_list) < 2 or len(args.num_emb_list) > 26:
-        raise UserError("--num_emb_list: 26 levels at most, of two codes at least")
+        raise InputError(f"{args.output_file}: is there already; give --overwrite to replace it")
+    if len(args.num_emb_list) > LEVELS:
+        raise InputError(f"--num_emb_list: {LEVELS} levels at most, a letter each")
+    if args.extend and args.method != "rqvae":
+        raise InputError("--extend: goes with --ckpt_path or with no method's flag; drop --method")
     if not args.data_path and (args.method != "rqvae" or args.extend):
-        raise UserError(f"--data_path: {'--extend' if args.extend else '--method ' + args.method} needs the embeddings")
+        raise InputError(
+            f"--data_path: {'--extend' if args.extend else '--method ' + args.method} needs the embeddings"
+        )
     if not args.data_path and not args.ckpt_path:
-        raise UserError("--ckpt_path: --method rqvae needs the checkpoint or folder that index/main.py wrote")
+        raise InputError("--ckpt_path: --method rqvae needs the checkpoint or folder that index/main.py wrote")
+
+
+def outputs(index_file: Path) -> tuple[Path, Path, Path]:
+    """The index file, and its report and picture beside it."""
+    stem = index_file.name.removesuffix(".json")
+    return index_file, index_file.with_name(f"{stem}.report.json"), index_file.with_name(f"{stem}.report.png")
 
 
 def write_index(path: Path, codes: np.ndarray) -> None:
     """Write an index file, one item a line: item → one token a level, `<a_12>`, `<b_201>`, …"""
     letters = [chr(ord("a") + level) for level in range(codes.shape[1])]
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with written_whole(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for item, row in enumerate(codes.tolist()):
             tokens = [f"<{letter}_{code}>" for letter, code in zip(letters, row, strict=True)]
             file.write(f'{"," if item else "{"}\n"{item}": {json.dumps(tokens)}')
@@ -117,7 +127,7 @@ def make(args: argparse.Namespace, embeddings: Embeddings) -> Index:
     old = read_index(args.extend)
     sizes = (old.max(0) + 1).tolist()
     source = {"extends": args.extend, "old_items": len(old), "new_items": len(embeddings) - len(old)}
-    return Index(sizes, extend(old, embeddings, options, args.extend, at_random=args.method == "random"), source=source)
+    return Index(sizes, extend(old, embeddings, options, args.extend), source=source)
 
 
 def report_of(args: argparse.Namespace, index: Index, embeddings: Embeddings) -> dict[str, Any]:
@@ -127,49 +137,46 @@ def report_of(args: argparse.Namespace, index: Index, embeddings: Embeddings) ->
     report |= index_figures(codes, index.sizes) | conflict_figures(index.resolution)
     report["reconstruction_mse"] = index.reconstruction_mse
     report["first_level_sizes"] = {f"<a_{code}>": size for code, size in Counter(codes[:, 0].tolist()).most_common()}
-    purity = {"10 nearest neighbours": neighbour_purity(codes, embeddings)}
+    report["neighbours"] = neighbour_purity(codes, embeddings)
     beside, titles = item_file(args), None
     if beside:
-        items = read_items(beside, len(codes))
-        titles = [str(item.get("title") or "") for item in items]
-        purity |= {field: label_purity(codes, labels_of(items, field)) for field in LABEL_FIELDS}
-        report["examples"] = examples(codes, titles)
+        titles = item_titles(beside, len(codes))
+        report["examples"] = title_examples(codes, titles)
     report["largest_groups"] = groups_of(codes, titles)
-    report["purity"] = {name: rows for name, rows in purity.items() if rows}
     return report
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Write the index, its report and its picture; returns the report."""
     args = build_parser().parse_args(argv)
-    check(args)
+    check_together(args)
     if not args.data_path:
         path = best_checkpoint(args.ckpt_path)
-        args.data_path = getattr(load_checkpoint(path)["args"], "data_path", "")
+        args.data_path = str(getattr(load_checkpoint(path)["args"], "data_path", ""))
         if not args.data_path:
-            raise UserError(f"{path}: does not say which embeddings it was trained on; give --data_path")
-    embeddings = Embeddings(args.data_path, pick_device(args.device))
+            raise InputError(f"{path}: does not say which embeddings it was trained on; give --data_path")
+    embeddings = Embeddings(args.data_path, use_device(args.device))
     index = make(args, embeddings)
     report = report_of(args, index, embeddings)
-    stem = args.output_file.name.removesuffix(".json")
-    report_file, picture = (args.output_file.with_name(f"{stem}.report.{kind}") for kind in ("json", "png"))
-    write_index(args.output_file, index.resolution.codes)
-    write_json(report_file, report, indent=2)
+    index_file, report_file, picture = outputs(args.output_file)
+    for path in outputs(index_file):
+        clear_leftovers(path.parent, path.name)
     draw(picture, index.resolution.codes, report)
-    say(describe(report))
+    save_json(report_file, report)
+    write_index(index_file, index.resolution.codes)  # last: where it is, the rest is too
+    tell(figures_in_words(report))
     moved = report["moved_on_last_level"], report["moved_to_other_prefix"]
-    say(
+    tell(
         f"  colliding items at first and after each round: {report['colliding_by_round']}; moved to free indices: "
         f"{moved[0]} on the last level, {moved[1]} to another prefix, squared distance {report['added_squared_distance']:+.4f}"
     )
-    for name, rows in report["purity"].items():
-        words = ", ".join(f"{row['prefix_levels']}: {row['share']:.1%} (chance {row['chance']:.2%})" for row in rows)
-        say(f"  alike under a prefix of n levels, {name}: {words}")
+    words = [f"{row['prefix_levels']}: {row['share']:.1%} ({row['chance']:.2%})" for row in report["neighbours"]]
+    tell("  10 nearest neighbours under the same first n codes (by chance): " + ", ".join(words))
     if index.reconstruction_mse is not None:
-        say(f"  reconstruction error {index.reconstruction_mse:.6f}")
-    say(f"  in {args.output_file}, {report_file} and {picture}")
+        tell(f"  reconstruction error {index.reconstruction_mse:.6f}")
+    tell(f"  in {index_file}, {report_file} and {picture}")
     return report
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_command(main)

@@ -1,4 +1,4 @@
-"""What a person wants to see of an index: examples of items under a prefix, purity, and one picture."""
+"""What a person wants to see of an index: titles under a prefix, items that share an index, and one picture."""
 
 from __future__ import annotations
 
@@ -12,41 +12,37 @@ from typing import Any
 
 import numpy as np
 
-from common import UserError, atomic_path, read_json
+from commands import InputError
 from figures import collision_groups, index_keys
+from input_files import load_json
+from output_files import written_whole
 
 FIRST_CODES, SECOND_CODES, TITLES, GROUPS = 6, 3, 5, 20
 SHOWN_FIRST, SHOWN_SECOND = 4, 3  # of those, in the picture
-LABEL_FIELDS = ("categories", "brand")
 
 
-def read_items(path: Path, count: int) -> list[dict[str, Any]]:
-    """The first `count` items of `<D>.item.json`.
+def item_titles(path: Path, count: int) -> list[str]:
+    """The titles of the first `count` items of `<D>.item.json`; "" where there is none.
 
     Raises:
-        UserError: no such file, or an item is missing.
+        InputError: not readable, an item is missing, a title is no text or has lone surrogates.
     """
-    content = read_json(path)
+    content = load_json(path)
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected an object of items")
-    items = [content.get(str(item)) for item in range(count)]
-    missing = next((item for item, own in enumerate(items) if not isinstance(own, dict)), None)
-    if missing is not None:
-        raise UserError(f'{path}: has no item "{missing}", but the embeddings have {count} rows')
-    return items
+        raise InputError(f"{path}: expected an object of items")
+    titles = []
+    for item in range(count):
+        own = content.get(str(item))
+        if not isinstance(own, dict):
+            raise InputError(f'{path}: has no item "{item}", but the embeddings have {count} rows')
+        title = own.get("title") or ""
+        if not isinstance(title, str) or re.search("[\ud800-\udfff]", title):
+            raise InputError(f'{path}: item "{item}": title is no text that UTF-8 can write')
+        titles.append(title.replace("\x00", " "))
+    return titles
 
 
-def labels_of(items: Sequence[dict[str, Any]], field: str) -> list[frozenset[str]]:
-    """Each item's labels in `field` (a list, or text separated by commas or bars), lower case."""
-    rows = []
-    for item in items:
-        value = item.get(field) or ""
-        parts = [str(part) for part in value] if isinstance(value, list) else re.split(r"[,|;]", str(value))
-        rows.append(frozenset(part.strip().lower() for part in parts if part.strip()))
-    return rows
-
-
-def examples(codes: np.ndarray, titles: Sequence[str]) -> list[dict[str, Any]]:
+def title_examples(codes: np.ndarray, titles: Sequence[str]) -> list[dict[str, Any]]:
     """For the largest first-level codes, and the largest second-level codes under them, some titles."""
     rows = []
     for first, size in Counter(codes[:, 0].tolist()).most_common(FIRST_CODES):
@@ -91,12 +87,12 @@ def _lines(shown: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(path: Path, codes: np.ndarray, report: dict[str, Any]) -> None:
-    """One picture: items of each code by level, items of each prefix, collision groups, purity, titles as examples.
+    """One picture: items of each code by level, items of each prefix, collision groups, neighbours, titles as examples.
 
     Args:
         path: PNG file to write.
         codes: int64 (items, levels).
-        report: what the report file holds: `levels`, `purity` and, where there are titles, `examples`.
+        report: what the report file holds: `levels`, `neighbours` and, where there are titles, `examples`.
     """
     import matplotlib
 
@@ -104,7 +100,7 @@ def draw(path: Path, codes: np.ndarray, report: dict[str, Any]) -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import MaxNLocator
 
-    shown, purity = report.get("examples", []), report["purity"]
+    shown, purity = report.get("examples", []), report["neighbours"]
     rows = ["ab", "cd"] + (["ee"] if shown else [])
     size = (12, 8 + 3.4 * bool(shown))
     figure, axes = pyplot.subplot_mosaic(
@@ -126,11 +122,11 @@ def draw(path: Path, codes: np.ndarray, report: dict[str, Any]) -> None:
     groups.bar(range(1, len(counts)), counts[1:])
     groups.set(title="Items that share one index", xlabel="items of an index", ylabel="indices")
     groups.set(yscale="log", ylim=(0.5, None))
-    for name, depths in purity.items():
-        x = [row["prefix_levels"] for row in depths]
-        line = alike.plot(x, [row["share"] for row in depths], marker="o", label=name)[0]
-        alike.plot(x, [row["chance"] for row in depths], "--", color=line.get_color(), label=f"{name}, by chance")
-    alike.set(title="Items under one prefix that are alike", xlabel="levels of the prefix", ylabel="share", ylim=(0, 1))
+    for name in ("share", "chance") if purity else ():
+        words = {"share": "share that has the item's prefix", "chance": "by chance"}[name]
+        x, y = [row["prefix_levels"] for row in purity], [row[name] for row in purity]
+        alike.plot(x, y, "o-" if name == "share" else "--", label=words)
+    alike.set(title="10 nearest neighbours of an item", xlabel="levels of the prefix", ylabel="share", ylim=(0, 1))
     alike.xaxis.set_major_locator(MaxNLocator(integer=True))
     if purity:
         alike.legend()
@@ -138,7 +134,7 @@ def draw(path: Path, codes: np.ndarray, report: dict[str, Any]) -> None:
         axes["e"].set_title("Titles under the largest codes")
         axes["e"].axis("off")
         axes["e"].text(0, 1, _lines(shown), va="top", family="monospace", fontsize=8, parse_math=False)
-    with atomic_path(path) as temporary, warnings.catch_warnings():
+    with written_whole(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # titles in scripts that the font lacks
-        figure.savefig(temporary, dpi=110)
+        figure.savefig(temporary, dpi=110, format="png")
     pyplot.close(figure)

@@ -1,11 +1,9 @@
 """Train an RQ-VAE on item embeddings.
 
-    python index/main.py --data_path ./data/Games/Games.emb-llama-td.npy --ckpt_dir ./ckpt/index/Games \\
-        --num_emb_list 256 256 256 256 --sk_epsilons 0 0 0 0.003 --batch_size 1024 --epochs 10000 \\
-        --weight_decay 1e-4 --lr_scheduler_type linear
-    python index/main.py --preset fast --data_path F --ckpt_dir D                 # minutes instead of hours on a CPU
+    python index/main.py --preset paper --data_path ./data/Games/Games.emb-llama-td.npy --ckpt_dir ./ckpt/index/Games
+    python index/main.py --preset fast --data_path F --ckpt_dir D                # minutes instead of hours on a CPU
     python index/main.py --resume ./ckpt/index/Games/Nov-24-2026_10-00-00        # an interrupted run goes on
-    torchrun --nproc_per_node=8 index/main.py --data_path …                       # the same result, shared work
+    torchrun --nproc_per_node=8 index/main.py --data_path F --ckpt_dir D         # the same result, shared work
 
 Checkpoints go to a folder of the run's own, `<ckpt_dir>/<Mon-DD-YYYY_HH-MM-SS>/`: `best_loss_model.pth`,
 `best_collision_model.pth` and the newest and best `epoch_…_model.pth`. Then: index/generate_indices.py.
@@ -23,10 +21,12 @@ import numpy as np
 import torch
 
 from checkpoints import load_checkpoint, model_from_checkpoint, newest_checkpoint
-from common import UserError, boolean, pick_device, run_main, say
+from commands import InputError, run_command, tell, use_device
 from embeddings import Embeddings
-from figures import describe, index_figures
+from figures import figures_in_words, index_figures
+from flag_kinds import CODES, EPSILON, LEVELS, SEED, TRUTH, FlagParser, decimal, integer
 from models.rqvae import RQVAE, RQVAEConfig
+from output_files import check_place, clear_leftovers
 from parallel import Processes
 from start import start
 from trainer import LEARNERS, Trainer
@@ -44,6 +44,7 @@ PRESETS = {
         "epochs": 10_000,
         "weight_decay": 1e-4,
         "lr_scheduler_type": "linear",
+        "bn": True,  # its command says `--bn False`, which `type=bool` reads as true
     },
     "fast": {
         "num_emb_list": [256, 256, 256, 256],
@@ -61,59 +62,68 @@ PRESETS = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Every flag of the original, with its defaults, and ours."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--lr", type=float, default=1e-3, help="learning rate (1e-3)")
-    add("--epochs", type=int, default=5000, help="passes over all items (5000)")
-    add("--batch_size", type=int, default=2048, help="items of a step, over all processes (2048)")
-    add("--num_workers", type=int, default=4, help="processes that read ahead where the file stays on disk (4)")
-    add("--eval_step", type=int, default=50, help="epochs between evaluations (50)")
-    add("--learner", default="AdamW", help=f"optimiser: {', '.join(LEARNERS)}, any case (AdamW)")
-    add("--lr_scheduler_type", choices=["constant", "linear"], default="constant", help="after the warm-up (constant)")
-    add("--warmup_epochs", type=int, default=50, help="epochs in which the learning rate rises from 0 (50)")
+def build_parser() -> FlagParser:
+    """Every flag of the original, with its defaults, and ours; each with what its values may be."""
+    parser = FlagParser(description=__doc__)
+    add = parser.add_argument_group("files and machine").add_argument
     add("--data_path", default="", help="embeddings, a .npy of (items, dim)")
-    add("--weight_decay", type=float, default=0.0, help="of the optimiser (0.0)")
-    add("--dropout_prob", type=float, default=0.0, help="dropout before each linear layer (0.0)")
-    add("--bn", type=boolean, default=False, help="batch normalisation, True or False (False)")
-    add("--loss_type", choices=["mse", "l1"], default="mse", help="of the reconstruction (mse)")
-    add("--kmeans_init", type=boolean, default=True, help="codebooks start at k-means centres, True or False (True)")
-    add("--kmeans_iters", type=int, default=100, help="rounds of k-means at most (100)")
-    add("--sk_epsilons", type=float, nargs="+", help="a level; above 0: Sinkhorn in training (0.0 for every level)")
-    add("--sk_iters", type=int, default=50, help="Sinkhorn rounds (50)")
-    add("--device", default="cuda:0", help="cuda:0, cpu, … (cuda:0; without CUDA the CPU)")
-    add("--num_emb_list", type=int, nargs="+", default=[256, 256, 256], help="codes of each level (256 256 256)")
-    add("--e_dim", type=int, default=32, help="width of a code (32)")
-    add("--quant_loss_weight", type=float, default=1.0, help="weight of the quantisation loss (1.0)")
-    add("--beta", type=float, default=0.25, help="weight of the commitment loss (0.25)")
-    widths = [2048, 1024, 512, 256, 128, 64]
-    add("--layers", type=int, nargs="+", default=widths, help="hidden widths of the encoder (2048 1024 512 256 128 64)")
-    add("--save_limit", type=int, default=5, help="newest and best epoch checkpoints kept, each (5)")
     add("--ckpt_dir", default="", help="where the run's folder is made")
-    presets = "paper (its published settings) or fast (other start, smaller batches, 15 epochs); flags overrule it"
-    add("--preset", choices=PRESETS, help=presets)
-    starts = "encoder and decoder start at random weights or at the data's principal components (random)"
-    add("--init", choices=["random", "pca"], default="random", help=starts)
-    rows = "k-means sees the first batch, or all items before training (batch)"
-    add("--kmeans_rows", choices=["batch", "all"], default="batch", help=rows)
-    balance = (
-        "balanced k-means rounds on the later half of the levels, before (--kmeans_rows all) and after training (0)"
-    )
-    add("--balance_rounds", type=int, default=0, help=balance)
-    add("--seed", type=int, default=2024, help="of everything random (2024)")
     add("--resume", default="", help="run folder or .pth to go on from; other flags come from there")
+    add("--device", default="cuda:0", help="cuda:0, cpu, …; without CUDA the CPU")
+    ahead = "processes that read ahead where the file stays on disk"
+    add("--num_workers", type=integer(0), default=4, help=ahead)
+    kept = "newest and best epoch checkpoints kept, so many of each"
+    add("--save_limit", type=integer(1), default=5, help=kept)
+
+    add = parser.add_argument_group("training").add_argument
+    presets = (
+        "paper (what its published run had, batch norm included) or fast (another start, smaller batches, 15 epochs)"
+    )
+    add("--preset", choices=PRESETS, help=f"{presets}; flags overrule it")
+    add("--epochs", type=integer(1), default=5000, help="passes over all items")
+    add("--batch_size", type=integer(1), default=2048, help="items of a step, over all processes")
+    add("--eval_step", type=integer(1), default=50, help="epochs between evaluations")
+    add("--lr", type=decimal(0, without_low=True), default=1e-3, help="learning rate")
+    schedule = "after the warm-up"
+    add("--lr_scheduler_type", choices=["constant", "linear"], default="constant", help=schedule)
+    add("--warmup_epochs", type=integer(0), default=50, help="epochs in which the learning rate rises from 0")
+    learners = f"optimiser, any case: {', '.join(LEARNERS)}"
+    add("--learner", type=str.lower, choices=LEARNERS, default="AdamW", metavar="NAME", help=learners)
+    add("--weight_decay", type=decimal(0), default=0.0, help="of the optimiser")
+    add("--seed", type=SEED, default=2024, help="of everything random")
+
+    add = parser.add_argument_group("model").add_argument
+    widths = [2048, 1024, 512, 256, 128, 64]
+    add("--layers", type=integer(1, 2**20), nargs="+", default=widths, help="hidden widths of the encoder")
+    add("--e_dim", type=integer(1, 2**20), default=32, help="width of a code")
+    add("--num_emb_list", type=CODES, nargs="+", default=[256, 256, 256], help="codes of each level")
+    add("--dropout_prob", type=decimal(0, 1), default=0.0, help="dropout before each linear layer")
+    add("--bn", type=TRUTH, default=False, help="batch normalisation")
+    add("--loss_type", choices=["mse", "l1"], default="mse", help="of the reconstruction")
+    add("--quant_loss_weight", type=decimal(0), default=1.0, help="weight of the quantisation loss")
+    add("--beta", type=decimal(0), default=0.25, help="weight of the commitment loss")
+    starts = "encoder and decoder start at random weights or at the data's principal components"
+    add("--init", choices=["random", "pca"], default="random", help=starts)
+
+    add = parser.add_argument_group("codes").add_argument
+    add("--kmeans_init", type=TRUTH, default=True, help="codebooks start at k-means centres")
+    add("--kmeans_iters", type=integer(1), default=100, help="rounds of k-means at most")
+    rows = "k-means sees the first batch, or all items before training"
+    add("--kmeans_rows", choices=["batch", "all"], default="batch", help=rows)
+    balance = "balanced k-means rounds on the later half of the levels, before (--kmeans_rows all) and after training"
+    add("--balance_rounds", type=integer(0), default=0, help=balance)
+    epsilons = "one a level; above 0: Sinkhorn in training; without the flag 0 on every level"
+    add("--sk_epsilons", type=EPSILON, nargs="+", help=epsilons)
+    add("--sk_iters", type=integer(1), default=50, help="Sinkhorn rounds")
     return parser
 
 
-def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, set[str]]:
+def parse_flags(argv: Sequence[str] | None) -> tuple[argparse.Namespace, set[str]]:
     """The flags, and the names of those that the user gave."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    silent = build_parser()
-    for action in silent._actions:
-        action.default = argparse.SUPPRESS
-    given = set(vars(silent.parse_args(argv)))
+    args = build_parser().parse_args(argv)
+    bare, unset = build_parser(), object()
+    bare.set_defaults(**dict.fromkeys(vars(args), unset))
+    given = {name for name, value in vars(bare.parse_args(argv)).items() if value is not unset}
     preset = PRESETS.get(args.preset, {})
     for name in preset.keys() - given - {"sk_last"}:
         setattr(args, name, preset[name])
@@ -122,57 +132,37 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, set[str]]:
     return args, given
 
 
-def check(args: argparse.Namespace) -> None:
-    """Refuse flags that cannot work, by name and reason.
+def check_together(args: argparse.Namespace) -> None:
+    """Refuse flags that contradict each other.
 
     Raises:
-        UserError: with the first such flag.
+        InputError: with the first such flag.
     """
-    least = {"epochs": 1, "batch_size": 1, "num_workers": 0, "eval_step": 1, "warmup_epochs": 0, "kmeans_iters": 1}
-    least |= {
-        "balance_rounds": 0,
-        "sk_iters": 1,
-        "e_dim": 1,
-        "save_limit": 1,
-        "weight_decay": 0,
-        "beta": 0,
-        "quant_loss_weight": 0,
-    }
-    for name, value in least.items():
-        if not getattr(args, name) >= value:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least {value}")
-    if not args.lr > 0:
-        raise UserError(f"--lr {args.lr}: must be above 0")
-    if not 0 <= args.dropout_prob < 1:
-        raise UserError(f"--dropout_prob {args.dropout_prob}: must be at least 0 and below 1")
-    if args.learner.lower() not in LEARNERS:
-        raise UserError(f"--learner {args.learner}: unknown; one of {', '.join(LEARNERS)}")
-    if min(args.num_emb_list) < 2 or min(args.layers) < 1:
-        raise UserError("--num_emb_list needs two codes a level at least, --layers widths of 1 at least")
-    if len(args.num_emb_list) > 26:
-        raise UserError("--num_emb_list: 26 levels at most, a letter each")
-    if args.init == "pca" and (args.bn or min(args.layers) < 2):
-        raise UserError("--init pca: needs hidden layers of 2 units at least and no batch normalisation")
-    if args.kmeans_rows == "all" and not args.kmeans_init:
-        raise UserError("--kmeans_rows all: contradicts --kmeans_init False")
+    if len(args.num_emb_list) > LEVELS:
+        raise InputError(f"--num_emb_list: {LEVELS} levels at most, a letter each")
     if len(args.sk_epsilons) != len(args.num_emb_list):
-        raise UserError(
-            f"--sk_epsilons has {len(args.sk_epsilons)} values, --num_emb_list {len(args.num_emb_list)}; give one a level"
-        )
-    if min(args.sk_epsilons) < 0:
-        raise UserError("--sk_epsilons: must be 0 (nearest code) or above")
+        counts = f"{len(args.sk_epsilons)} values, --num_emb_list {len(args.num_emb_list)}"
+        raise InputError(f"--sk_epsilons has {counts}; give one a level")
+    if args.init == "pca" and (args.bn or min(args.layers) < 2):
+        raise InputError("--init pca: needs hidden layers of 2 units at least and no batch normalisation")
+    if args.kmeans_rows == "all" and not args.kmeans_init:
+        raise InputError("--kmeans_rows all: contradicts --kmeans_init False")
+    if args.bn and args.batch_size < 2:
+        raise InputError("--bn True: needs a --batch_size of 2 at least")
+    if not args.data_path:
+        raise InputError("--data_path: give the embeddings' .npy file (data_process/embed.py makes it)")
 
 
 def resumed_args(args: argparse.Namespace, given: set[str], content: dict) -> argparse.Namespace:
     """The flags of the run in the checkpoint `content`, with the free ones that the user gave now.
 
     Raises:
-        UserError: a flag was given that would make it another run.
+        InputError: a flag was given that would make it another run.
     """
     merged = argparse.Namespace(**{**vars(args), **vars(content["args"])})
     for name in sorted(given - {"resume"}):
         if name not in FREE_WHEN_RESUMED and getattr(args, name) != getattr(merged, name):
-            raise UserError(f"--{name}: a resumed run goes on with its own ({getattr(merged, name)}); drop the flag")
+            raise InputError(f"--{name}: a resumed run goes on with its own ({getattr(merged, name)}); drop the flag")
         setattr(merged, name, getattr(args, name))
     for name in {"device", "num_workers"} - given:
         setattr(merged, name, getattr(args, name))  # of this machine, not of the one that began
@@ -180,7 +170,7 @@ def resumed_args(args: argparse.Namespace, given: set[str], content: dict) -> ar
     return merged
 
 
-def run_folder(ckpt_dir: str) -> Path:
+def new_run_folder(ckpt_dir: str) -> Path:
     """A new folder in `ckpt_dir`, named after the time."""
     stamp = time.strftime("%b-%d-%Y_%H-%M-%S")
     for suffix in ("", *(f"_{number}" for number in range(2, 100))):
@@ -190,57 +180,72 @@ def run_folder(ckpt_dir: str) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise UserError(f"--ckpt_dir {ckpt_dir}: cannot be written to ({error.strerror})") from None
+            raise InputError(f"--ckpt_dir {ckpt_dir}: cannot be written to ({error.strerror})") from None
         return folder
-    raise UserError(f"--ckpt_dir {ckpt_dir}: too many runs in this second")
+    raise InputError(f"--ckpt_dir {ckpt_dir}: too many runs in this second")
 
 
-def set_seed(seed: int) -> None:
+def seed_all(seed: int) -> None:
     """Seed Python, numpy and torch."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def build_model(embeddings: Embeddings, args: argparse.Namespace, processes: Processes) -> RQVAE:
+    """A new model at its start.
+
+    Raises:
+        InputError: it does not fit into memory.
+    """
+    try:
+        model = RQVAE(embeddings.dim, RQVAEConfig.from_args(args)).to(processes.device)
+    except (MemoryError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0][:120]
+        raise InputError(f"--layers, --num_emb_list, --e_dim: the model cannot be built ({reason})") from None
+    pca, all_rows = args.init == "pca", args.kmeans_rows == "all"
+    start(model, embeddings, processes, components=pca, all_rows=all_rows, balance_rounds=args.balance_rounds)
+    return model
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Train, or go on training; returns the run's folder."""
-    args, given = parse(argv)
+    args, given = parse_flags(argv)
     content, folder = None, None
     if args.resume:
         state = newest_checkpoint(args.resume)
         content = load_checkpoint(state)
+        content["args"] = build_parser().recorded(content["args"], state)
         args = resumed_args(args, given, content)
         folder = None if "ckpt_dir" in given else state.parent
-    check(args)
-    if not args.data_path:
-        raise UserError("--data_path: give the embeddings' .npy file (data_process/embed.py makes it)")
+    check_together(args)
     if not args.ckpt_dir and folder is None:
-        raise UserError("--ckpt_dir: give a folder for the run's checkpoints")
-    device = pick_device(args.device)
+        raise InputError("--ckpt_dir: give a folder for the run's checkpoints")
+    device = use_device(args.device)
     processes = Processes(device)
     if args.bn and processes.count > 1:
-        raise UserError("--bn True: its statistics would differ from one process's; train with one process")
-    set_seed(args.seed)
+        raise InputError("--bn True: its statistics would differ from one process's; train with one process")
+    check_place((folder or Path(args.ckpt_dir)) / "epoch_0_model.pth")
+    seed_all(args.seed)
     embeddings = Embeddings(args.data_path, device)
     if content is None:
-        model = RQVAE(embeddings.dim, RQVAEConfig.from_args(args)).to(device)
-        pca, all_rows = args.init == "pca", args.kmeans_rows == "all"
-        start(model, embeddings, processes, components=pca, all_rows=all_rows, balance_rounds=args.balance_rounds)
+        model = build_model(embeddings, args, processes)
     else:
         model = model_from_checkpoint(content, state)
         check_embeddings(model, content, embeddings)
-    if folder is None and processes.is_main:
-        folder = run_folder(args.ckpt_dir)
+    if processes.is_main:
+        for run in Path(args.ckpt_dir).glob("*/") if folder is None else [folder]:
+            clear_leftovers(run, "*")
+        folder = folder or new_run_folder(args.ckpt_dir)
     trainer = Trainer(model, embeddings, args, folder or Path(), processes)
     if content is not None:
-        trainer.restore(content)
-        say(f"goes on after epoch {trainer.epoch} of {state}")
-    say(
-        f"{len(embeddings)} items × {embeddings.dim}, {sum(p.numel() for p in model.parameters()):,} parameters, {device}"
-    )
+        trainer.restore(content, state)
+        tell(f"goes on after epoch {trainer.epoch} of {state}")
+    size = sum(p.numel() for p in model.parameters())
+    tell(f"{len(embeddings)} items × {embeddings.dim}, {size:,} parameters, {device}")
     trainer.fit()
-    say(describe(index_figures(trainer.nearest_codes(), args.num_emb_list)))
-    say(f"best loss {trainer.best_loss:.5f}, best collision rate {trainer.best_collision_rate:.4f}; in {folder}")
+    tell(figures_in_words(index_figures(trainer.nearest_codes(), args.num_emb_list)))
+    tell(f"best loss {trainer.best_loss:.5f}, best collision rate {trainer.best_collision_rate:.4f}; in {folder}")
     processes.close()
     return folder or Path()
 
@@ -249,16 +254,16 @@ def check_embeddings(model: RQVAE, content: dict, embeddings: Embeddings) -> Non
     """Refuse to go on with other embeddings than those that the run began with.
 
     Raises:
-        UserError: another width, or other rows.
+        InputError: another width, or other rows.
     """
     if model.in_dim != embeddings.dim:
-        raise UserError(
+        raise InputError(
             f"{embeddings.path}: rows are {embeddings.dim} wide, the checkpoint's model takes {model.in_dim}"
         )
     known = content.get("resume", {}).get("embeddings")
     if known not in (None, embeddings.digest()):
-        raise UserError(f"{embeddings.path}: not the embeddings that this run began with")
+        raise InputError(f"{embeddings.path}: not the embeddings that this run began with")
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_command(main)

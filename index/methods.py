@@ -16,8 +16,9 @@ import torch
 
 from checkpoints import best_checkpoint, load_checkpoint, model_from_checkpoint
 from collisions import DEFAULT_EPSILON, MAX_ROUNDS, Resolution, quantised, resolve
-from common import UserError
+from commands import InputError
 from embeddings import Embeddings
+from main import build_parser as training_flags
 from models.kmeans import kmeans_centers
 from models.quantiser import squared_distances
 from models.rqvae import RQVAE
@@ -54,26 +55,27 @@ class Index:
     source: dict[str, object] = field(default_factory=dict)
 
 
-def load_model(ckpt_path: str, device: torch.device) -> tuple[RQVAE, dict[str, object]]:
+def load_rqvae(ckpt_path: str, device: torch.device) -> tuple[RQVAE, dict[str, object]]:
     """The RQ-VAE of a checkpoint, run folder or `--ckpt_dir`, ready to encode, and the checkpoint's content.
 
     Raises:
-        UserError: none there, or not a sound one.
+        InputError: none there, or not a sound one.
     """
     path = best_checkpoint(ckpt_path)
     content = load_checkpoint(path)
+    content["args"] = training_flags().recorded(content["args"], path)
     return model_from_checkpoint(content, path).to(device).eval(), {**content, "path": path}
 
 
 @torch.no_grad()
-def encode(model: RQVAE, embeddings: Embeddings, batch_size: int) -> torch.Tensor:
+def latents_of(model: RQVAE, embeddings: Embeddings, batch_size: int) -> torch.Tensor:
     """Latent vectors of all items, float32 (items, e_dim), on the model's device.
 
     Raises:
-        UserError: the rows have another width than the model takes.
+        InputError: the rows have another width than the model takes.
     """
     if embeddings.dim != model.in_dim:
-        raise UserError(f"{embeddings.path}: rows are {embeddings.dim} wide, the RQ-VAE takes {model.in_dim}")
+        raise InputError(f"{embeddings.path}: rows are {embeddings.dim} wide, the RQ-VAE takes {model.in_dim}")
     return torch.cat([model.encoder(x) for x in embeddings.in_order(batch_size)])
 
 
@@ -97,7 +99,7 @@ def index_of(model: RQVAE, embeddings: Embeddings, options: Options) -> Index:
     codebooks = [level.embedding.weight.detach() for level in model.rq.vq_layers]
     last = model.rq.vq_layers[-1]
     resolution = resolve(
-        encode(model, embeddings, options.batch_size),
+        latents_of(model, embeddings, options.batch_size),
         codebooks,
         epsilon=last.sk_epsilon or DEFAULT_EPSILON,
         iterations=last.sk_iters,
@@ -111,8 +113,8 @@ def index_of(model: RQVAE, embeddings: Embeddings, options: Options) -> Index:
 def rqvae(embeddings: Embeddings, options: Options) -> Index:
     """The index of a trained RQ-VAE (`options.ckpt_path`)."""
     if not options.ckpt_path:
-        raise UserError("--ckpt_path: --method rqvae needs the checkpoint or folder that index/main.py wrote")
-    model, content = load_model(options.ckpt_path, embeddings.device)
+        raise InputError("--ckpt_path: --method rqvae needs the checkpoint or folder that index/main.py wrote")
+    model, content = load_rqvae(options.ckpt_path, embeddings.device)
     index = index_of(model, embeddings, options)
     index.source = {"checkpoint": str(content["path"]), "epoch": content["epoch"]}
     index.source["preset"] = getattr(content["args"], "preset", None)
@@ -153,22 +155,14 @@ def to_codes(number: int, sizes: Sequence[int]) -> list[int]:
     return codes[::-1]
 
 
-def to_number(codes: Sequence[int], sizes: Sequence[int]) -> int:
-    """The inverse of `to_codes`."""
-    number = 0
-    for code, size in zip(codes, sizes, strict=True):
-        number = number * size + code
-    return number
-
-
 def draw_distinct(population: Sequence[int], count: int, seed: int) -> list[int]:
     """`count` different elements of `population`, drawn from `seed`.
 
     Raises:
-        UserError: there are fewer.
+        InputError: there are fewer.
     """
     if count > len(population):
-        raise UserError(f"{count} items but only {len(population)} free indices; give more levels or codes")
+        raise InputError(f"{count} items but only {len(population)} free indices; give more levels or codes")
     return random.Random(seed).sample(population, count)
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Item indices for one dataset: train the RQ-VAE, then write <D>.index.json with its report and picture.
-#   DATASET=Games PLM=llama bash index/run.sh                          the paper's settings
+#   DATASET=Games PLM=llama bash index/run.sh                          what the paper's run had
 #   DATASET=Games PLM=minilm PRESET=fast bash index/run.sh             minutes on a CPU, see docs/index.md
 #   DATASET=Games bash index/run.sh --epochs 500 --device cuda:1       more flags go to main.py
-#   DATASET=Games NPROC=8 bash index/run.sh                            several processes, the same result
+#   DATASET=Games NPROC=8 bash index/run.sh --bn False                 several processes (without batch norm)
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 DATASET="${DATASET:-Games}"

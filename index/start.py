@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from common import say
+from commands import tell
 from embeddings import Embeddings
 from models.kmeans import kmeans_centers
 from models.pca import start_at_components
@@ -84,7 +84,7 @@ def start(
     if processes.is_main:
         if components:
             count = start_at_components(model, *mean_and_covariance(embeddings))
-            say(f"starts at {count} principal components")
+            tell(f"starts at {count} principal components")
         if all_rows:
             residual = sampled_latents(model.eval(), embeddings)
             for number, level in enumerate(levels):

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from checkpoints import prune, save_checkpoint
-from common import Interrupted, UserError, say
+from commands import InputError, Interrupted, tell
 from embeddings import Embeddings
 from figures import collision_rate, level_usage
 from models.rqvae import RQVAE
@@ -59,7 +60,9 @@ class Trainer:
         self.processes = processes
         for level in model.rq.vq_layers:
             level.gather = processes.gather
-        self.steps_per_epoch = math.ceil(len(embeddings) / args.batch_size)
+        if args.bn and len(embeddings) < 2:
+            raise InputError(f"{embeddings.path}: has one row; --bn True needs two at least")
+        self.steps_per_epoch = len(self.batches(np.arange(len(embeddings))))
         self.optimizer = self._build_optimizer()
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
@@ -81,18 +84,23 @@ class Trainer:
         }
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
-        learner = LEARNERS[self.args.learner.lower()]
+        learner = LEARNERS[self.args.learner]
         options: dict[str, Any] = {"lr": self.args.lr, "weight_decay": self.args.weight_decay}
         if learner is not torch.optim.RMSprop:
             options["fused"] = True  # the same steps in fewer passes over the weights
         return learner(self.model.parameters(), **options)
+
+    def batches(self, order: np.ndarray) -> list[np.ndarray]:
+        """`order` in global batches; with batch norm a last single row joins the batch before it (it has no variance)."""
+        bounds = range(self.args.batch_size, len(order) - int(self.args.bn), self.args.batch_size)
+        return np.split(order, bounds)
 
     def fit(self) -> None:
         """Train up to `args.epochs` epochs; evaluate every `args.eval_step`.
 
         Raises:
             Interrupted: a signal asked to stop; the state is in `last_model.pth`.
-            UserError: the loss is no longer finite.
+            InputError: the loss is no longer finite; the checkpoints written before are whole.
         """
         before = {number: signal.signal(number, self._note_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -117,8 +125,6 @@ class Trainer:
                 self.epoch += 1
                 bar.update()
                 bar.set_postfix(loss=f"{loss / self.steps_per_epoch:.5f}")
-                if not math.isfinite(loss):
-                    raise UserError(f"epoch {self.epoch}: the loss is {loss}; lower --lr or look at the embeddings")
                 evaluates = self.epoch % eval_step == 0 or self.epoch == self.args.epochs
                 if self.epoch == self.args.epochs and self.args.balance_rounds:
                     balance(self.model, self.embeddings, self.processes, self.args.balance_rounds)
@@ -132,13 +138,14 @@ class Trainer:
                     if evaluates:
                         line += f", collision rate {self.evaluate(loss):.4f}{self.evenness()}"
                     with tqdm.external_write_mode():
-                        say(f"{line}, {pace:.2f} s/epoch, about {pace * (self.args.epochs - self.epoch):.0f} s left")
+                        tell(f"{line}, {pace:.2f} s/epoch, about {pace * (self.args.epochs - self.epoch):.0f} s left")
                 self._stop_if_asked()
 
     def _stop_if_asked(self) -> None:
         asked = torch.tensor(int(self.stop_signal is not None), device=self.processes.device)
         if self.processes.sum_(asked).item():
             if self.processes.is_main:
+                self._check_weights()
                 save_checkpoint(self.folder / "last_model.pth", self.state())
             raise Interrupted(f"after epoch {self.epoch}; go on with --resume {self.folder}")
 
@@ -151,12 +158,13 @@ class Trainer:
         self.model.train()
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + epoch)
         order = torch.randperm(len(self.embeddings), generator=generator).numpy()
-        batches = np.split(order, range(self.args.batch_size, len(order), self.args.batch_size))
+        batches = self.batches(order)
         own = [self.processes.share(batch) for batch in batches]
         for counts in self.assigned.values():
             counts.zero_()
         sums = torch.zeros(2, dtype=torch.float64, device=self.processes.device)
-        rows = self.embeddings.batches(own, self.args.num_workers)
+        workers = min(self.args.num_workers, len(os.sched_getaffinity(0)))
+        rows = self.embeddings.batches(own, workers)
         for x, batch in zip(rows, batches, strict=True):
             sums += self.train_step(x, len(x) / len(batch))
         return tuple(self.processes.sum_(sums).tolist())
@@ -165,19 +173,33 @@ class Trainer:
         """One optimiser step on this process's rows `x`, which are the share `weight` of the global batch.
 
         Returns:
-            float64 (2,): this process's part of total and reconstruction loss, not synchronised with the host.
+            float64 (2,): this process's part of total and reconstruction loss.
+
+        Raises:
+            InputError: loss or gradient are not finite; the weights are still those of the step before.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        output, rq_loss, codes = self.model(x)
+        try:
+            output, rq_loss, codes = self.model(x)
+        except FloatingPointError as error:  # k-means of the first batch
+            self._stop_at(str(error))
         for level, counts in self.assigned.items():
             counts += torch.bincount(codes[:, level], minlength=len(counts))
         loss, reconstruction = self.model.losses(output, rq_loss, x)
         (loss * weight).backward()
         self._sum_gradients()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if not torch.isfinite(loss.detach() + norm):
+            self._stop_at(f"the loss is {loss.item():g}, its gradient {norm.item():g}")
         self.optimizer.step()
         self.scheduler.step()
         return torch.stack([loss.detach(), reconstruction.detach()]).double() * weight
+
+    def _stop_at(self, what: str) -> NoReturn:
+        kept = (
+            f"the checkpoints in {self.folder} are from before" if self.best_loss < math.inf else "nothing is saved yet"
+        )
+        raise InputError(f"epoch {self.epoch + 1}: {what}; {kept}; lower --lr or look at the embeddings")
 
     def _sum_gradients(self) -> None:
         if self.processes.count == 1:
@@ -210,7 +232,12 @@ class Trainer:
         return words
 
     def evaluate(self, loss: float) -> float:
-        """The collision rate with nearest codes; on the main process checkpoints are written and old ones removed."""
+        """The collision rate with nearest codes; on the main process checkpoints are written and old ones removed.
+
+        Raises:
+            InputError: a weight is not finite, though the losses were; nothing is written.
+        """
+        self._check_weights()
         rate = collision_rate(self.nearest_codes())
         better_loss, better_rate = loss < self.best_loss, rate < self.best_collision_rate
         self.best_loss = min(self.best_loss, loss)
@@ -225,6 +252,11 @@ class Trainer:
             prune(self.folder, self.args.save_limit)
         return rate
 
+    def _check_weights(self) -> None:
+        for name, value in self.model.state_dict().items():
+            if not torch.isfinite(value).all():
+                self._stop_at(f"the weights {name} are not finite")
+
     def state(self) -> dict[str, Any]:
         """The checkpoint: the original's keys, and under `resume` what exact resumption needs besides."""
         return {
@@ -235,28 +267,43 @@ class Trainer:
             "state_dict": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "resume": {
-                "scheduler": self.scheduler.state_dict(),
                 "rng": torch.get_rng_state(),
                 "embeddings": self.embeddings.digest(),
             },
         }
 
-    def restore(self, content: dict[str, Any]) -> None:
-        """Go on from the checkpoint `content` (the model's weights are loaded already).
+    def restore(self, content: dict[str, Any], source: Path) -> None:
+        """Go on from the checkpoint `content` of the file `source` (the model's weights are loaded already).
 
-        A checkpoint of the original has no `resume` part: its schedule is put where its epochs say.
+        The schedule is put where the epochs say. A checkpoint of the original has no `resume` part.
+
+        Raises:
+            InputError: optimiser or random state are missing, damaged or another model's.
         """
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.epoch = content["epoch"] + 1
-        self.best_loss = float(content.get("best_loss", math.inf))
-        self.best_collision_rate = float(content.get("best_collision_rate", math.inf))
-        extra = content.get("resume")
-        if extra is None:
-            self.scheduler.last_epoch = self.epoch * self.steps_per_epoch
-            rates = [base * self.scheduler.lr_lambdas[0](self.scheduler.last_epoch) for base in self.scheduler.base_lrs]
-            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
-            self.scheduler._last_lr = rates
-            return
-        self.scheduler.load_state_dict(extra["scheduler"])
-        torch.set_rng_state(extra["rng"].cpu())
+        try:
+            own = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": content["optimizer"]["state"], "param_groups": own})
+            complete = len(self.optimizer.state) == len(list(self.model.parameters()))
+            if not complete and self.args.learner != "sgd":  # which keeps no moments
+                raise ValueError("moments of some weights are missing")
+            for parameter, values in self.optimizer.state.items():
+                for value in values.values():
+                    if isinstance(value, torch.Tensor) and value.dim() and value.shape != parameter.shape:
+                        raise ValueError("moments of another shape than the weights")
+                    if not torch.isfinite(torch.as_tensor(value)).all():
+                        raise ValueError("moments that are not finite")
+            self.epoch = content["epoch"] + 1
+            self.best_loss = float(content.get("best_loss", math.inf))
+            self.best_collision_rate = float(content.get("best_collision_rate", math.inf))
+            if math.isnan(self.best_loss) or math.isnan(self.best_collision_rate):
+                raise ValueError("its best loss or collision rate is NaN")
+            if "resume" in content:
+                torch.set_rng_state(content["resume"]["rng"].cpu())
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise InputError(f"{source}: its optimiser or random state is damaged ({reason})") from None
+        self.scheduler.last_epoch = self.epoch * self.steps_per_epoch
+        rates = [base * self.scheduler.lr_lambdas[0](self.scheduler.last_epoch) for base in self.scheduler.base_lrs]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self.scheduler._last_lr = rates

@@ -16,14 +16,15 @@ recipe() {
   NPROC="${NPROC:-$processes}"
   TEST_NPROC="$NPROC"
   case "$1" in Games | Arts | Instruments)
-    INDEX_RECIPE="--num_emb_list 256 256 256 256 --sk_epsilons 0 0 0 0.003 --batch_size 1024 --epochs 10000
-      --weight_decay 1e-4 --lr_scheduler_type linear"
+    FINETUNE_RECIPE="$FINETUNE_RECIPE --tokenisation paper"
+    INDEX_RECIPE="--preset paper"
     return ;;
   esac
   if [ -n "$2" ]; then return; fi
   # 16 samples a step, on one process or two
   if [ "$processes" -gt 2 ] && [ "$NPROC" = "$processes" ]; then NPROC=2; fi
-  # A model that starts from nothing learns from every token, not from the responses alone.
+  # A model that starts from nothing learns from every token, not from the responses alone. Every sample then has about as many
+  # labels, and --loss_average hardly matters (each task's share of the gradient is the same to 0.001): the default stays.
   # Without a separator (--his_sep=) a history takes 3 tokens an item instead of 5.
   INDEX_RECIPE="--preset fast --num_emb_list 64 64 64 --sk_epsilons 0 0 0.003 --layers 512 256 128"
   BASE_RECIPE="--hidden_size 128 --layers 4 --heads 4 --vocab_size 2000"

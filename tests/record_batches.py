@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     batches = record(run)
     run.trainer.train()
     Path(f"{argv[0]}.{rank()}.json").write_text(json.dumps({"batches": batches, "log": run.trainer.state.log_history}))
-    finetune.save_final(run.trainer, run.tokenizer, run.folder, args.lora)
+    finetune.save_final(run)
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ def test_a_pretrained_model_from_gguf_goes_on_from_what_it_knows(tmp_path):
     run.trainer.train()
     assert run.trainer.state.global_step == 3
     assert loss_by_hand(run.model.eval(), run.tokenizer, samples) < at_first
-    finetune.save_final(run.trainer, run.tokenizer, run.folder, lora=False)
+    finetune.save_final(run)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert len(ids) == 14 and tokenizer.convert_tokens_to_ids(ITEM_TOKENS) == ids == list(range(49152, 49166))

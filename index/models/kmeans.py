@@ -18,7 +18,12 @@ def kmeans_centers(rows: torch.Tensor, codes: int, iterations: int, seed: int, s
 
     Returns:
         (codes, dim), on the device and in the dtype of `rows`.
+
+    Raises:
+        FloatingPointError: a row is not finite.
     """
+    if not torch.isfinite(rows).all():
+        raise FloatingPointError("k-means meets rows that are not finite")
     points = rows.detach().cpu().float().numpy()
     distinct = np.unique(points, axis=0)
     wanted = min(codes, len(distinct))

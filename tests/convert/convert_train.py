@@ -16,7 +16,7 @@ import deepspeed
 import torch
 from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from convert_parts import ITEM_TOKENS, VOCABULARY, save_tokenizer, tiny_llama
 

@@ -9,26 +9,12 @@ import json
 import shutil
 
 import pytest
-from convert_parts import ITEM_TOKENS, VOCABULARY, save_tokenizer
+from convert_parts import ITEM_TOKENS, UNTIL_4_33, VOCABULARY, save_tokenizer
 from transformers import AutoTokenizer
 
 from convert import old_tokenizer
 from convert.folder import find_model, item_tokens, read_tokenizer
 
-UNTIL_4_33 = {
-    "hi<a_1><b_2> the</s>": "▁ h i <a_1> <b_2> ▁th e </s>",
-    "<a_1><b_2>, <c_1><d_2>": "<a_1> <b_2> ▁ <0x2C> <c_1> <d_2>",
-    "user: <a_1><b_2>, <a_0><d_3> and\nblue things <a_1>. The red": (
-        "▁ u s er <0x3A> <a_1> <b_2> ▁ <0x2C> <a_0> <d_3> ▁a nd <0x0A> b lu e ▁th in gs <a_1> ▁ <0x2E> ▁ "
-        "<0x54> h e ▁ r ed"
-    ),
-    "Response:<a_1><b_2></s>": "▁ <0x52> e s <0x70> o n s e <0x3A> <a_1> <b_2> </s>",
-    "1. <a_1><b_2>, 2. <a_0>": "▁ 1 <0x2E> <a_1> <b_2> ▁ <0x2C> ▁ 2 <0x2E> <a_0>",
-    "items:\n\n<a_1>\n### Response:": (
-        "▁ it em s <0x3A> <a_1> ▁ <0x23> <0x23> <0x23> ▁ <0x52> e s <0x70> o n s e <0x3A>"
-    ),
-    "a  <a_1>  b": "▁a <a_1> ▁b",
-}
 SINCE_4_34 = {
     "hi<a_1><b_2> the</s>": "▁ h i <a_1> <b_2> ▁ ▁th e </s>",
     "<a_1><b_2>, <c_1><d_2>": "<a_1> <b_2> ▁ <0x2C> ▁ <c_1> <d_2>",

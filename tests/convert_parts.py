@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AddedToken, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 WORDS = [f"the user bought item number {i} and also {i * 7} blue or red things" for i in range(300)]
 VOCABULARY = 300
 ITEM_TOKENS = sorted(f"<{level}_{code}>" for level in "abcd" for code in range(4))
@@ -155,3 +155,20 @@ class Bomb:
 def bomb_bytes(witness: Path) -> bytes:
     """A bare pickle with a `Bomb` in it."""
     return pickle.dumps({"weight": Bomb(witness)})
+
+
+# text → tokens by the slow LLaMA tokenizer of transformers up to 4.33
+UNTIL_4_33 = {
+    "hi<a_1><b_2> the</s>": "▁ h i <a_1> <b_2> ▁th e </s>",
+    "<a_1><b_2>, <c_1><d_2>": "<a_1> <b_2> ▁ <0x2C> <c_1> <d_2>",
+    "user: <a_1><b_2>, <a_0><d_3> and\nblue things <a_1>. The red": (
+        "▁ u s er <0x3A> <a_1> <b_2> ▁ <0x2C> <a_0> <d_3> ▁a nd <0x0A> b lu e ▁th in gs <a_1> ▁ <0x2E> ▁ "
+        "<0x54> h e ▁ r ed"
+    ),
+    "Response:<a_1><b_2></s>": "▁ <0x52> e s <0x70> o n s e <0x3A> <a_1> <b_2> </s>",
+    "1. <a_1><b_2>, 2. <a_0>": "▁ 1 <0x2E> <a_1> <b_2> ▁ <0x2C> ▁ 2 <0x2E> <a_0>",
+    "items:\n\n<a_1>\n### Response:": (
+        "▁ it em s <0x3A> <a_1> ▁ <0x23> <0x23> <0x23> ▁ <0x52> e s <0x70> o n s e <0x3A>"
+    ),
+    "a  <a_1>  b": "▁a <a_1> ▁b",
+}

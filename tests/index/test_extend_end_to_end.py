@@ -12,10 +12,10 @@ import recommend
 import test as test_script
 import utils
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "index"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "index"))
 
-import common  # noqa: E402
-import generate_indices  # noqa: E402
+import commands
+import generate_indices
 
 OLD, NEW = 60, 7
 
@@ -104,7 +104,7 @@ def test_recommend_py_returns_new_items_and_old_scores_stay(world: Path, capsys:
 def test_flat_and_unknown_tokens_are_refused(world: Path, tmp_path: Path) -> None:
     flat = tmp_path / "flat.index.json"
     flat.write_text(json.dumps({str(item): [f"<a_{item}>"] for item in range(OLD)}))
-    with pytest.raises(common.UserError, match="flat"):
+    with pytest.raises(commands.InputError, match="flat"):
         extended(world, flat)
     index = read(world / "grown/grown.index.json")
     index[str(OLD)] = ["<a_77>", *index[str(OLD)][1:]]

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "index"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "index"))
 
-import embeddings as index_embeddings  # noqa: E402
-import main as index_main  # noqa: E402
-from checkpoints import load_checkpoint  # noqa: E402
+import embeddings as index_embeddings
+import main as index_main
+from checkpoints import load_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
 
 FLAGS = "--device cpu --num_emb_list 8 8 8 --sk_epsilons 0 0 0.003 --layers 32 16 --e_dim 4 --batch_size 51 --epochs 4"
 FLAGS += " --warmup_epochs 1 --eval_step 4 --lr_scheduler_type linear --weight_decay 1e-4 --num_workers 0"

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import logsumexp
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "index"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "index"))
 
 from models import sinkhorn
 

@@ -1,0 +1,85 @@
+"""What keeps the house in order: a public name has one meaning, imports run one way, docs and `--help` agree."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("convert", "data_process", "index", "metrics")
+SOURCES = sorted([*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))])
+SCRIPTS = [path for path in SOURCES if "\nif __name__ ==" in path.read_text(encoding="utf-8")]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+ROOT_MODULES = {path.stem for path in ROOT.glob("*.py")}
+# flags of other programs, and those that a page says are gone or wrong
+FOREIGN = """nproc_per_node master_port nnodes rdzv_backend rdzv_endpoint rdzv_id node_rank master_addr help requeue nodes
+ntasks-per-node gpus-per-node word_drop_ratio root plm_checkpoint no-deps""".split()
+
+
+def defined(path: Path) -> set[str]:
+    """The public names that a module defines."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return {name for name in names if not name.startswith("_")} - {"main"}
+
+
+def test_no_public_name_is_defined_twice():
+    where = defaultdict(list)
+    for path in SOURCES:
+        for name in defined(path):
+            where[name].append(path.relative_to(ROOT).as_posix())
+    assert {name: paths for name, paths in where.items() if len(paths) > 1} == {}
+
+
+def test_index_stands_alone():
+    for path in (ROOT / "index").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                top = name.split(".")[0]
+                assert top not in ROOT_MODULES or (ROOT / "index" / f"{top}.py").exists(), f"{path}: imports {name}"
+
+
+def test_no_import_is_excused():
+    tracked = [*SOURCES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    assert [path.name for path in tracked if re.search(r"noqa: ?E402", path.read_text(encoding="utf-8"))] == []
+
+
+def test_the_readme_is_read_in_two_minutes():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 105
+
+
+@pytest.mark.slow
+def test_help_teaches_and_docs_name_flags_that_exist():
+    """Every script's help has an example of its command and explains each flag; every flag in a page is one of a script's."""
+    waiting = {
+        path: subprocess.Popen([sys.executable, path, "--help"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for path in SCRIPTS
+    }
+    known: set[str] = set(FOREIGN)
+    for path, process in waiting.items():
+        shown, _ = process.communicate(timeout=300)
+        where = path.relative_to(ROOT).as_posix()
+        assert process.returncode == 0, where
+        assert re.search(rf"(python|torchrun|bash) .*{re.escape(path.name)}", shown), f"{where}: no example"
+        flags = re.findall(r"^  (?:-\w, |-\w \S+, )?(--[\w-]+)", shown, flags=re.M)
+        assert flags, f"{where}: no flags"
+        known |= {flag[2:] for flag in re.findall(r"--[\w-]+", shown)}
+        for flag, text in re.findall(r"^  (?:-\w[^-]*, )?(--[\w-]+)[^\n]*\n?((?:      +[^\n]+\n)*)", shown, flags=re.M):
+            line = next(line for line in shown.splitlines() if re.search(rf"{flag}\b", line) and line.startswith("  "))
+            assert text.strip() or len(line.split("  ")) > 2, f"{where}: {flag} is not explained"
+    for path in [*ROOT.glob("benchmarks/*"), *ROOT.glob("*.sh"), *ROOT.glob("scripts/*.sh"), *ROOT.glob("index/*.sh")]:
+        known |= set(re.findall(r"--([\w-]+)", path.read_text(encoding="utf-8"))) if path.is_file() else set()
+    for page in PAGES:
+        for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", page.read_text(encoding="utf-8")):
+            assert flag in known or flag.replace("no-", "", 1) in known, f"{page.name}: no script has --{flag}"
