@@ -193,6 +193,7 @@ def describe(
     training = with_role(Role.TRAINING)
     return {
         "argv": sys.argv,
+        "processes": world_size(),
         "arguments": {key: value for key, value in vars(args).items() if key not in training},
         "task": task,
         "prompt_ids": prompt_ids,
