@@ -31,7 +31,7 @@ def record(
         step: the script, such as `data_process/embed.py`.
         packages: whose versions matter for the result.
     """
-    entries = read_record(path) if path.exists() else {}
+    entries = read_provenance(path) if path.exists() else {}
     note = {
         "step": step,
         "command": shlex.join(sys.argv),
@@ -49,7 +49,7 @@ def _name(record: Path, file: Path) -> str:
     return file.name if file.parent == record.parent.resolve() else str(file)
 
 
-def read_record(path: Path) -> dict[str, dict[str, Any]]:
+def read_provenance(path: Path) -> dict[str, dict[str, Any]]:
     """The notes by output. Raises UserError if the file is no such record."""
     content = read_json(path)
     for output, note in content.items() if isinstance(content, dict) else [("", None)]:
@@ -64,7 +64,7 @@ def verify(path: Path) -> list[str]:
 
     An input that is itself an output is checked in both roles: it may have been made again after what was made from it.
     """
-    entries, found, faults = read_record(path), {}, []
+    entries, found, faults = read_provenance(path), {}, []
     for name in sorted(set(entries) | {file for note in entries.values() for file in note["inputs"]}):
         file = path.parent / name
         found[name] = sha256(file) if file.is_file() else None

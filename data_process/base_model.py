@@ -16,11 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from arguments import make_parser  # noqa: E402
-from data import read_inters, read_items, read_users  # noqa: E402
-from data_process.fetch import fetch  # noqa: E402
-from prompt import SLOT, load_prompts  # noqa: E402
-from utils import UserError, run_main, say, set_seed, write_json  # noqa: E402
+from arguments import make_parser
+from data import read_inters, read_items, read_users
+from data_process.fetch import fetch
+from prompt import SLOT, load_prompts
+from utils import UserError, run_main, say, set_seed, write_json
 
 
 def texts(data_path: str, dataset: str) -> Iterator[str]:

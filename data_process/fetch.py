@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import UserError, run_main  # noqa: E402
+from utils import UserError, run_main
 
 # name → (wheel, version, a file that must be inside; the folder of that file is what the user wants)
 PARTS = {

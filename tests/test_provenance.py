@@ -26,7 +26,7 @@ def chain(tmp_path):
 def test_all_is_well(chain):
     path, raw, *_ = chain
     assert provenance.verify(path) == []
-    notes = provenance.read_record(path)
+    notes = provenance.read_provenance(path)
     assert list(notes["D.item.json"]["inputs"]) == [str(raw)]
     assert list(notes["D.emb.npy"]["inputs"]) == ["D.item.json"]  # a neighbour by its name: the folder can be moved
     assert set(notes["D.emb.npy"]["versions"]) == {"python", "torch"} and notes["D.emb.npy"]["command"]

@@ -1,9 +1,8 @@
-"""User texts by rule and the tiny base model, on small datasets."""
+"""The tiny base model, on a small dataset."""
 
-import numpy as np
 import pytest
 
-from data_process import base_model, user_texts
+from data_process import base_model
 from utils import UserError
 
 
