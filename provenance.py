@@ -31,7 +31,7 @@ def note_made(
         step: the script, such as `data_process/embed.py`.
         packages: whose versions matter for the result.
     """
-    entries = read_record(path) if path.exists() else {}
+    entries = read_provenance(path) if path.exists() else {}
     note = {
         "step": step,
         "command": shlex.join(sys.argv),
@@ -49,7 +49,7 @@ def _name(record: Path, file: Path) -> str:
     return file.name if file.parent == record.parent.resolve() else str(file)
 
 
-def read_record(path: Path) -> dict[str, dict[str, Any]]:
+def read_provenance(path: Path) -> dict[str, dict[str, Any]]:
     """The notes by output. Raises UserError if the file is no such record."""
     content = read_json(path)
     for output, note in content.items() if isinstance(content, dict) else [("", None)]:
@@ -62,7 +62,7 @@ def read_record(path: Path) -> dict[str, dict[str, Any]]:
 def notes_of(folder: Path, name: str, index_file: str = ".index.json") -> dict[str, dict[str, Any]]:
     """How the files of a dataset were made, by output: its record, and what index/ notes in the index's report."""
     path = folder / f"{name}.provenance.json"
-    notes = read_record(path) if path.is_file() else {}
+    notes = read_provenance(path) if path.is_file() else {}
     report = folder / f"{name}{index_file.removesuffix('.json')}.report.json"
     content = read_json(report) if report.is_file() else None
     made = content.get("made") if isinstance(content, dict) else None

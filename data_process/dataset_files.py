@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data_process.cleaning import cleaned
 from utils import atomic_path, say
 
-KINDS = ("inter.json", "item.json", "user2id", "item2id", "review.json")
+DATASET_KINDS = ("inter.json", "item.json", "user2id", "item2id", "review.json")
 USERS_AT_ONCE, ITEMS_AT_ONCE, REVIEWS_AT_ONCE = 200_000, 100_000, 200_000
 
 
@@ -46,10 +46,10 @@ def write_dataset(
         items: the staged items with clean texts.
         place: a folder for temporary files.
     """
-    ours = {f"{dataset}.{kind}" for kind in (*KINDS, "provenance.json")}
+    ours = {f"{dataset}.{kind}" for kind in (*DATASET_KINDS, "provenance.json")}
     old = [path.name for path in sorted(folder.glob(f"{dataset}.*")) if path.name not in ours]
     with_reviews = "review" in interactions.collect_schema()
-    targets = {kind: folder / f"{dataset}.{kind}" for kind in KINDS if kind != "review.json" or with_reviews}
+    targets = {kind: folder / f"{dataset}.{kind}" for kind in DATASET_KINDS if kind != "review.json" or with_reviews}
     with contextlib.ExitStack() as stack:
         paths = {kind: stack.enter_context(atomic_path(path)) for kind, path in targets.items()}
         for kind, names in (("user2id", chosen.users), ("item2id", chosen.items)):

@@ -21,8 +21,8 @@ import polars as pl
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from arguments import make_parser
-from data_process.prepare import Frames, add_flags, check_name, prepare
-from data_process.raw_files import TEXT, TEXTS, BadLines, Layout, first_line, json_lines, kind_of, separated
+from data_process.prepare import Frames, add_preparation_flags, check_name, prepare_dataset
+from data_process.raw_files import TEXT, TEXTS, BadLines, Layout, head_line, json_lines, separated, table_kind
 from utils import UserError, run_main, say
 
 # ours → Amazon's, by edition; `parent_asin` joins the variants of a product, and the 2023 metadata have one entry for them
@@ -71,7 +71,7 @@ def edition(path: Path, fields: dict[str, dict[str, str]]) -> str:
 
 def is_json(path: Path) -> bool:
     """Whether the file starts as JSON does. Raises UserError for an empty file."""
-    start = first_line(path).lstrip()
+    start = head_line(path).lstrip()
     if not start:
         raise UserError(f"{path}: line 1 is empty")
     return start.startswith((b"{", b"["))
@@ -95,7 +95,7 @@ def review_frames(paths: list[Path], with_texts: bool, bad: BadLines) -> Frames:
 
 def rating_frames(path: Path, bad: BadLines) -> Frames:
     """user, item, time and rating of a ratings CSV of either edition."""
-    head = next(csv.reader([first_line(path).decode("utf-8", errors="replace")]))
+    head = next(csv.reader([head_line(path).decode("utf-8", errors="replace")]))
     year = "2023" if "user_id" in head else "2018"
     if year == "2018" and len(head) != 4:
         raise UserError(f"{path}: line 1 has {len(head)} fields; Amazon's ratings have item,user,rating,timestamp")
@@ -143,11 +143,11 @@ def find_files(folder: Path, dataset: str) -> tuple[list[Path], Path]:
     found: dict[str, list[Path]] = {stem: [] for stem in stems}
     for path in sorted(folder.rglob(f"*{name}*")):
         stem = path.name.partition(".")[0]
-        if stem in stems and kind_of(path) in ("jsonl", "csv"):
+        if stem in stems and table_kind(path) in ("jsonl", "csv"):
             found[stem].append(path)
     metadata = found[f"meta_{name}"]
     reviews = found[f"{name}_5"] or found[name]
-    reviews = [path for path in reviews if kind_of(path) == "jsonl"] or reviews
+    reviews = [path for path in reviews if table_kind(path) == "jsonl"] or reviews
     for what, paths, flag in (("reviews", reviews, "--reviews"), ("metadata", metadata, "--metadata")):
         if len(paths) != 1:
             shown = (
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--metadata", nargs="+", metavar="FILE", type=Path, help="metadata files")
     parser.add_argument("--input_path", type=Path, help="folder to look for both in, by the dataset's name")
-    add_flags(parser, "the dataset's name; with --input_path Amazon's (Video_Games) or a short one (Games)")
+    add_preparation_flags(parser, "the dataset's name; with --input_path Amazon's (Video_Games) or a short one (Games)")
     options = parser.parse_args(argv)
     reviews, metadata = options.reviews, options.metadata
     if (not reviews or not metadata) and options.input_path:
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     if any(texts) != all(texts):
         raise UserError("--reviews: give review files or rating files, not both: an interaction would come twice")
     bad = BadLines()
-    prepare(
+    prepare_dataset(
         interactions=review_frames(reviews, all(texts), bad),
         items=metadata_frames(metadata, bad),
         inputs=[*reviews, *metadata],

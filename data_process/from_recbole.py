@@ -20,7 +20,7 @@ import polars as pl
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from arguments import make_parser
-from data_process.prepare import Frames, add_flags, prepare
+from data_process.prepare import Frames, add_preparation_flags, prepare_dataset
 from data_process.raw_files import BadLines, Layout, header, separated
 from utils import UserError, run_main
 
@@ -44,7 +44,7 @@ def split_categories(row: dict[str, str], field: str) -> list[str]:
     return [part.strip() for part in parts if part.strip() and part.strip().lower() != "unknown"]
 
 
-def describe(row: dict[str, str], categories: list[str], kind: str = "") -> str:
+def made_description(row: dict[str, str], categories: list[str], kind: str = "") -> str:
     """A description: the item's own, or a sentence from its year and its categories."""
     if (row.get("description") or "").strip():
         return row["description"]
@@ -62,7 +62,7 @@ def item_frames(path: Path, options: argparse.Namespace, bad: BadLines) -> Itera
         for row in frame.drop("line").iter_rows(named=True):
             kinds = split_categories(row, options.category_field)
             own = {name: value for name, value in row.items() if name != title}
-            texts.append((describe(own, kinds, options.item_kind), row.get("brand"), ", ".join(kinds)))
+            texts.append((made_description(own, kinds, options.item_kind), row.get("brand"), ", ".join(kinds)))
         schema = dict.fromkeys(("description", "brand", "categories"), pl.String)
         made = pl.DataFrame(texts, schema=schema, orient="row")
         yield path, frame.select(pl.col("item_id").alias("item"), pl.col(title).alias("title"), "line").hstack(made)
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--source", required=True, help="the atomic folder")
     parser.add_argument("--name", help="the files' stem, if not the folder's name")
-    add_flags(parser, "the dataset's name here; default: the stem")
+    add_preparation_flags(parser, "the dataset's name here; default: the stem")
     parser.add_argument("--time_field", default="timestamp", help="field of .inter that orders the interactions")
     parser.add_argument("--title_field", help="field of .item with the title")
     parser.add_argument("--category_field", default="class", help="field of .item with the categories")
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     options.dataset = options.dataset or name
     inter, item = (source / f"{name}.{kind}" for kind in ("inter", "item"))
     bad = BadLines()
-    prepare(
+    prepare_dataset(
         interactions=interaction_frames(inter, options, bad),
         items=item_frames(item, options, bad),
         inputs=[inter, item],

@@ -19,7 +19,7 @@ import polars as pl
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from arguments import make_parser
-from data_process.prepare import Frames, add_flags, prepare
+from data_process.prepare import Frames, add_preparation_flags, prepare_dataset
 from data_process.raw_files import BadLines, table, table_files
 from utils import run_main
 
@@ -62,13 +62,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add_event_flags(parser)
     add_item_flags(parser)
-    add_flags(parser)
+    add_preparation_flags(parser)
     options = parser.parse_args(argv)
     bad = BadLines()
     event_files, item_files = (
         [f for p in paths for f in table_files(p)] for paths in (options.interactions, options.items)
     )
-    prepare(
+    prepare_dataset(
         interactions=frames(event_files, event_columns(options), [], bad),
         items=frames(item_files, item_columns(options), text_columns(options), bad),
         inputs=[*event_files, *item_files],

@@ -31,7 +31,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data_process.cleaning import cleaned
-from data_process.dataset_files import KINDS, Chosen, write_dataset
+from data_process.dataset_files import DATASET_KINDS, Chosen, write_dataset
 from data_process.raw_files import BadLines
 from provenance import note_made, record_path
 from utils import UserError, say
@@ -58,7 +58,7 @@ class Rules:
 # ---- flags ----
 
 
-def add_flags(parser: argparse.ArgumentParser, dataset_help: str = "the dataset's name") -> None:
+def add_preparation_flags(parser: argparse.ArgumentParser, dataset_help: str = "the dataset's name") -> None:
     """The flags that all readers have; the original's names are aliases."""
     add = parser.add_argument
     add("--data_path", "--output_path", default="./data", help="folder that will hold <dataset>/")
@@ -302,7 +302,7 @@ def _renumbered(table: pl.DataFrame, names: dict[str, pl.DataFrame]) -> Chosen:
 # ---- the whole way ----
 
 
-def prepare(
+def prepare_dataset(
     *,
     interactions: Frames,
     items: Frames,
@@ -326,7 +326,7 @@ def prepare(
     dataset = check_name(options.dataset)
     rules, bad = rules_of(options), bad if bad is not None else BadLines()
     folder = Path(options.data_path) / dataset
-    there = [folder / f"{dataset}.{kind}" for kind in KINDS if (folder / f"{dataset}.{kind}").exists()]
+    there = [folder / f"{dataset}.{kind}" for kind in DATASET_KINDS if (folder / f"{dataset}.{kind}").exists()]
     if there and not options.overwrite:
         raise UserError(f"{there[0]} is there already; --overwrite replaces it")
     with staging(folder) as place:

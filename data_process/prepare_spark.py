@@ -22,10 +22,10 @@ import polars as pl
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from arguments import make_parser
-from data_process.cleaning import clean_text
-from data_process.dataset_files import KINDS, Chosen, write_dataset
+from data_process.dataset_files import DATASET_KINDS, Chosen, write_dataset
 from data_process.from_table import add_event_flags, add_item_flags, event_columns, item_columns, text_columns
-from data_process.prepare import ITEM_TEXTS, SHORTEST, Rules, add_flags, check_name, rules_of, staging
+from data_process.item_texts import clean_text
+from data_process.prepare import ITEM_TEXTS, SHORTEST, Rules, add_preparation_flags, check_name, rules_of, staging
 from data_process.raw_files import table_files
 from provenance import record, record_path
 from utils import UserError, run_main, say
@@ -65,7 +65,7 @@ def read(spark: Any, paths: list[str], columns: dict[str, str], texts: list[str]
     return frame.select(*ours)
 
 
-def checked(frame: Any, names: tuple[str, ...], where: str, skip_bad: bool) -> Any:
+def complete_rows(frame: Any, names: tuple[str, ...], where: str, skip_bad: bool) -> Any:
     """Without rows that lack one of `names` or have a control character in an id.
 
     Raises:
@@ -156,9 +156,9 @@ def run(spark: Any, options: argparse.Namespace, rules: Rules, parquet: str) -> 
     events = read(spark, options.interactions, event_columns(options), [])
     rating = [F.col("rating").try_cast("double").alias("rating")] if rules.min_rating is not None else []
     events = events.select("user", "item", moment(events).alias("time"), *rating)
-    events = checked(events, tuple(events.columns), options.interactions[0], options.skip_bad)
+    events = complete_rows(events, tuple(events.columns), options.interactions[0], options.skip_bad)
     items = read(spark, options.items, item_columns(options), text_columns(options))
-    items = with_texts(checked(items, ("item",), options.items[0], options.skip_bad)).localCheckpoint()
+    items = with_texts(complete_rows(items, ("item",), options.items[0], options.skip_bad)).localCheckpoint()
     events = chosen_events(events, items, rules)
     if not events.count():
         raise UserError(f"{options.interactions[0]}: nothing is left. Lower --user_k and --item_k, or give more data")
@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add_event_flags(parser)
     add_item_flags(parser)
-    add_flags(parser)
+    add_preparation_flags(parser)
     parser.add_argument("--parquet", help="where the Parquet goes; default: <data_path>/<D>/<D>.parquet")
     parser.add_argument("--master", help="Spark's master, such as local[4]; default: spark-submit's or Spark's own")
     options = parser.parse_args(argv)
@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     if rules.by_line:
         raise UserError("--equal_times line: a Parquet log has no order of lines; leave the flag out")
     folder = Path(options.data_path) / dataset
-    there = [path for kind in KINDS if (path := folder / f"{dataset}.{kind}").exists()]
+    there = [path for kind in DATASET_KINDS if (path := folder / f"{dataset}.{kind}").exists()]
     if there and not options.overwrite:
         raise UserError(f"{there[0]} is there already; --overwrite replaces it")
     parquet = options.parquet or str(folder.resolve() / f"{dataset}.parquet")

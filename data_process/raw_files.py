@@ -76,7 +76,7 @@ def open_raw(path: Path) -> BinaryIO:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def first_line(path: Path) -> bytes:
+def head_line(path: Path) -> bytes:
     """The file's first line without its end and without a byte order mark."""
     with open_raw(path) as file:
         try:
@@ -208,7 +208,7 @@ def header(path: Path, layout: Layout) -> list[str]:
         return list(layout.names)
     quoting = csv.QUOTE_MINIMAL if layout.quoted else csv.QUOTE_NONE
     try:
-        line = first_line(path).decode("utf-8")
+        line = head_line(path).decode("utf-8")
     except UnicodeDecodeError:
         raise UserError(f"{path}: line 1 is not UTF-8") from None
     names = [name.strip() for name in next(csv.reader([line], delimiter=layout.separator, quoting=quoting), [])]
@@ -328,7 +328,7 @@ def table_files(pattern: str) -> list[Path]:
     """The files of a path, a folder (all Parquet, CSV and JSONL files in it, or below it) or a pattern, sorted by name."""
     path = Path(pattern)
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if kind_of(file) and not file.name.startswith(("_", ".")))
+        found = sorted(file for file in path.rglob("*") if table_kind(file) and not file.name.startswith(("_", ".")))
     else:
         found = [path] if path.exists() else sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
     if not found:
@@ -336,7 +336,7 @@ def table_files(pattern: str) -> list[Path]:
     return found
 
 
-def kind_of(path: Path) -> str:
+def table_kind(path: Path) -> str:
     """csv, tsv, jsonl or parquet by the name's ending (.gz apart); empty if it is none of them."""
     ending = path.name.removesuffix(".gz").rpartition(".")[2].lower()
     return {"ndjson": "jsonl", "json": "jsonl", "pq": "parquet"}.get(
@@ -346,7 +346,7 @@ def kind_of(path: Path) -> str:
 
 def table(path: Path, wanted: list[str], bad: BadLines) -> Iterator[pl.DataFrame]:
     """The wanted columns of one table as text, whatever its format. Raises UserError for an unknown ending."""
-    kind = kind_of(path)
+    kind = table_kind(path)
     if kind == "parquet":
         yield from parquet(path, wanted)
     elif kind == "jsonl":

@@ -25,8 +25,8 @@ def chain(tmp_path):
 
 def test_all_is_well(chain):
     path, raw, *_ = chain
-    assert provenance.verify(path.parent, provenance.read_record(path)) == []
-    notes = provenance.read_record(path)
+    assert provenance.verify(path.parent, provenance.read_provenance(path)) == []
+    notes = provenance.read_provenance(path)
     assert list(notes["D.item.json"]["inputs"]) == [str(raw)]
     assert list(notes["D.emb.npy"]["inputs"]) == ["D.item.json"]  # a neighbour by its name: the folder can be moved
     assert set(notes["D.emb.npy"]["versions"]) == {"python", "torch"} and notes["D.emb.npy"]["command"]
@@ -35,7 +35,7 @@ def test_all_is_well(chain):
 def test_a_moved_folder_is_still_well(chain, tmp_path):
     path, *_ = chain
     moved = path.parent.rename(tmp_path / "elsewhere")
-    assert provenance.verify(moved, provenance.read_record(moved / path.name)) == []
+    assert provenance.verify(moved, provenance.read_provenance(moved / path.name)) == []
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_a_moved_folder_is_still_well(chain, tmp_path):
 def test_every_change_is_found(chain, change, faults):
     path, *files = chain
     change(*files)
-    found = provenance.verify(path.parent, provenance.read_record(path))
+    found = provenance.verify(path.parent, provenance.read_provenance(path))
     assert len(found) == len(faults) and all(part in fault for part, fault in zip(faults, found, strict=True))
 
 
@@ -67,4 +67,4 @@ def test_every_change_is_found(chain, change, faults):
 def test_another_file_is_refused(tmp_path, content):
     (tmp_path / "r.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="no record of provenance"):
-        provenance.read_record(tmp_path / "r.json")
+        provenance.read_provenance(tmp_path / "r.json")

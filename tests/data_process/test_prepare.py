@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_process.cleaning import cleaned
-from data_process.embed import clean_text
-from data_process.prepare import add_flags, check_name, k_core, moments, prepare, rules_of, staging
-from provenance import read_record, record_path, verify
+from data_process.item_texts import clean_text
+from data_process.prepare import add_preparation_flags, check_name, k_core, moments, prepare_dataset, rules_of, staging
+from provenance import read_provenance, record_path, verify
 from utils import UserError
 
 
 def options(*flags: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    add_flags(parser)
+    add_preparation_flags(parser)
     return parser.parse_args(flags)
 
 
@@ -47,7 +47,7 @@ def run(root: Path, rows, *flags: str, items=None, **more) -> dict:
         "--overwrite",
         *flags,
     )
-    folder = prepare(
+    folder = prepare_dataset(
         interactions=numbered[:1], items=numbered[1:], inputs=[source], step="test", options=options(*flags), **more
     )
     names = {kind: (folder / f"D.{kind}2id").read_text().splitlines() for kind in ("user", "item")}
@@ -333,7 +333,7 @@ def test_reviews_are_kept_by_user_and_item(tmp_path, monkeypatch):
     texts = pl.DataFrame({"item": list("abc"), "title": list("ABC")}).with_row_index("line")
     source = tmp_path / "raw"
     source.write_text("")
-    prepare(
+    prepare_dataset(
         interactions=[(source, frame)],
         items=[(source, texts)],
         inputs=[source],
@@ -350,7 +350,7 @@ def test_reviews_are_kept_by_user_and_item(tmp_path, monkeypatch):
 def test_provenance_follows_the_inputs(tmp_path):
     run(tmp_path, THREE)
     path = record_path(tmp_path / "out", "D")
-    notes = read_record(path)
+    notes = read_provenance(path)
     assert set(notes) == {"D.inter.json", "D.item.json", "D.user2id", "D.item2id"}
     assert notes["D.inter.json"]["step"] == "test" and "polars" in notes["D.inter.json"]["versions"]
     assert verify(path) == []

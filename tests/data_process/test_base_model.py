@@ -1,4 +1,4 @@
-"""User texts by rule and the tiny base model, on small datasets."""
+"""The tiny base model, on a small dataset."""
 
 import pytest
 
