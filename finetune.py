@@ -34,6 +34,7 @@ from collator import IGNORE, TrainCollator
 from data import RecData, load_data
 from processes import join_for_training, on_main
 from prompt_style import PromptStyle
+from provenance import notes_of
 from resume import find_resume
 from run_folder import FINAL, LOG, PREPARED, RECORD, TENSORBOARD, RunFolder, RunRecord, model_fingerprint
 from samples import TaskValidSet, TrainSet, ValidSet
@@ -255,6 +256,7 @@ def describe_run(args: argparse.Namespace, data: RecData, train: TrainSet, valid
         samples={"train": train.counts(), "valid": len(valid)},
         files={name: {"path": str(path), "sha256": sha256(path)} for name, path in files.items()},
         versions=versions(),
+        made=notes_of(data.folder, data.name, args.index_file),
     )
 
 

@@ -33,8 +33,9 @@ for bn in ("True", "False"):
     rounds = index["colliding_by_round"]
     for seed in seeds:
         run = work / f"bn-{bn}-seed{seed}"
-        history = read(run / "model/trainer_state.json")["log_history"]
-        valid = max((row for row in history if "eval_ndcg@10" in row), key=lambda row: row["eval_ndcg@10"])
+        states = [read(path) for path in (run / "model").glob("checkpoint-*/trainer_state.json")]
+        history = [row for state in states for row in state["log_history"] if "eval_ndcg@10" in row]
+        valid = max(history, key=lambda row: row["eval_ndcg@10"])
         test = read(run / "result.json")["mean_results"]
         print(
             f"| {bn} | {index['reconstruction_mse']:.6f} | {used} | {rounds[0]}, {rounds[-1]} | {seed} "

@@ -41,6 +41,7 @@ from data_process.text_requests import (
     read_reviews,
     requests_of,
 )
+from provenance import note_made, record_path
 from utils import UserError, read_json, run_main, say, write_json
 
 LETTERS_A_TOKEN = 4  # of English text, for estimates
@@ -256,6 +257,9 @@ def main(argv: list[str] | None = None) -> None:
         record["reviews"] = bool(reviews)
     made_by = {"program": "data_process/user_texts.py", "seed": options.seed} | record
     write_json(target, {"made_by": made_by} | user_texts(inters, items, options.seed, found), indent=1)
+    files = [Path(f"{stem}.{kind}.json") for kind in ("inter", "item", "review")]
+    inputs = [path for path in files if path.exists()]
+    note_made(record_path(options.data_path, options.dataset), "data_process/user_texts.py", [target], inputs)
     say(f"{target}: preferences and intentions of {len(inters):,} users, made by {record.get('model', 'rule')}")
 
 

@@ -23,9 +23,16 @@ def run_command(main: Callable[[], Any]) -> None:
     """Run a script's `main` and end the process: an `InputError` is one line and status 2, an interruption status 130."""
     try:
         main()
-    except InputError as error:
+    except BrokenPipeError:  # `script | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except (InputError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None:  # no path of the user's
+            raise
+        if isinstance(error, OSError):
+            error = f"{error.filename}: {error.strerror}"
         if int(os.environ.get("RANK", 0)) > 0:  # let the main process say it; torchrun then ends the others
-            time.sleep(3)
+            time.sleep(10)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except Interrupted as reason:
@@ -34,9 +41,6 @@ def run_command(main: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
-    except BrokenPipeError:  # `script | head`: the reader has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
 
 
 def tell(*words: Any) -> None:

@@ -14,9 +14,13 @@ that it lacks free combinations of tokens that it has, which a trained recommend
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import shlex
+import sys
 from collections import Counter
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +73,13 @@ def check_together(args: argparse.Namespace) -> None:
     """
     for path in outputs(args.output_file):
         check_place(path)
-    if args.output_file.exists() and not args.overwrite:
-        raise InputError(f"{args.output_file}: is there already; give --overwrite to replace it")
+    if args.output_file.exists():
+        if not args.overwrite:
+            raise InputError(f"{args.output_file}: is there already; give --overwrite to replace it")
+        try:
+            read_index(args.output_file)
+        except InputError:
+            raise InputError(f"{args.output_file}: is there and no index file; --overwrite replaces no other") from None
     if len(args.num_emb_list) > LEVELS:
         raise InputError(f"--num_emb_list: {LEVELS} levels at most, a letter each")
     if args.extend and args.method != "rqvae":
@@ -130,20 +139,39 @@ def make(args: argparse.Namespace, embeddings: Embeddings) -> Index:
     return Index(sizes, extend(old, embeddings, options, args.extend), source=source)
 
 
-def report_of(args: argparse.Namespace, index: Index, embeddings: Embeddings) -> dict[str, Any]:
-    """The content of the report file."""
+def report_of(
+    args: argparse.Namespace, index: Index, embeddings: Embeddings, titles: list[str] | None
+) -> dict[str, Any]:
+    """The content of the report file; with examples where there are `titles`."""
     codes = index.resolution.codes
     report = {"method": "extend" if args.extend else args.method, **index.source, "data_path": str(embeddings.path)}
     report |= index_figures(codes, index.sizes) | conflict_figures(index.resolution)
     report["reconstruction_mse"] = index.reconstruction_mse
     report["first_level_sizes"] = {f"<a_{code}>": size for code, size in Counter(codes[:, 0].tolist()).most_common()}
     report["neighbours"] = neighbour_purity(codes, embeddings)
-    beside, titles = item_file(args), None
-    if beside:
-        titles = item_titles(beside, len(codes))
+    if titles is not None:
         report["examples"] = title_examples(codes, titles)
     report["largest_groups"] = groups_of(codes, titles)
     return report
+
+
+def how_made(args: argparse.Namespace, index: Index) -> dict[str, Any]:
+    """Command, versions and SHA-256 of what was read: the same record as the root's `provenance.py` keeps."""
+    read = [args.data_path, args.extend, index.source.get("checkpoint", "")]
+    inputs = {str(Path(path).resolve()): file_digest(Path(path)) for path in read if path and Path(path).is_file()}
+    packages = {name: version(name) for name in ("torch", "numpy", "scikit-learn")}
+    return {
+        "step": "index/generate_indices.py",
+        "command": shlex.join(sys.argv),
+        "versions": packages,
+        "inputs": inputs,
+    }
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -156,8 +184,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if not args.data_path:
             raise InputError(f"{path}: does not say which embeddings it was trained on; give --data_path")
     embeddings = Embeddings(args.data_path, use_device(args.device))
+    beside = item_file(args)
+    titles = item_titles(beside, len(embeddings)) if beside else None
     index = make(args, embeddings)
-    report = report_of(args, index, embeddings)
+    report = report_of(args, index, embeddings, titles) | {"made": how_made(args, index)}
     index_file, report_file, picture = outputs(args.output_file)
     for path in outputs(index_file):
         clear_leftovers(path.parent, path.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import textwrap
 import warnings
@@ -94,6 +95,7 @@ def draw(path: Path, codes: np.ndarray, report: dict[str, Any]) -> None:
         codes: int64 (items, levels).
         report: what the report file holds: `levels`, `neighbours` and, where there are titles, `examples`.
     """
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # its remarks on font caches
     import matplotlib
 
     matplotlib.use("Agg")

@@ -20,20 +20,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "index"))
 
 import generate_indices
 import main as index_main
 from checkpoints import load_checkpoint, model_from_checkpoint
-from commands import InputError, run_command
-from embeddings import Embeddings
-from extension import read_index
-from index_report import item_titles
+from commands import run_command
+from index_world import SMALL, make_index_world, with_header
 
-SMALL = "--num_emb_list 8 8 8 --sk_epsilons 0 0 0.003 --layers 32 16 --e_dim 4 --batch_size 30 --epochs 4 --eval_step 2"
 TRAIN = f"main --data_path w/e.npy --ckpt_dir w/new {SMALL} --warmup_epochs 1"
 RESUME = "main --resume w/run --data_path w/e.npy --epochs 6"
 MAKE = "generate --ckpt_path w/run --output_file w/o.json"
@@ -46,19 +41,7 @@ Break = Callable[[Path], Any]
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which every command above ends well."""
-    folder = tmp_path_factory.mktemp("sound")
-    generator = np.random.default_rng(0)
-    rows = generator.normal(size=(9, 12))[np.arange(90) % 9] + 0.1 * generator.normal(size=(90, 12))
-    np.save(folder / "e.npy", rows.astype(np.float32))
-    np.save(folder / "more.npy", np.concatenate([rows, rows[:3] + 0.01]).astype(np.float32))
-    (folder / "D.item.json").write_text(json.dumps({str(i): {"title": f"thing {i}"} for i in range(90)}))
-    words = TRAIN.replace("w/", f"{folder}/").split()[1:]
-    shutil.move(index_main.main([*words, "--device", "cpu", "--save_limit", "1"]), folder / "run")
-    shutil.rmtree(folder / "new")
-    flags = ["--device", "cpu", "--ckpt_path", str(folder / "run"), "--output_file", str(folder / "D.index.json")]
-    generate_indices.main(flags)
-    return folder
+    return make_index_world(tmp_path_factory.mktemp("sound"))
 
 
 @pytest.fixture
@@ -118,8 +101,7 @@ def array(content: Any, **flags: Any) -> Break:
 
 def header(words: str) -> Break:
     """An `.npy` with any header."""
-    data = words.encode("latin1").ljust(118) + b"\n"
-    return text("e.npy", b"\x93NUMPY\x01\x00" + len(data).to_bytes(2, "little") + data + bytes(400))
+    return text("e.npy", with_header(words))
 
 
 def rows(value: float) -> np.ndarray:
@@ -229,6 +211,10 @@ FILES: dict[str, tuple[Break, str, str]] = {
     "pth a folder": (best(Path.mkdir), MAKE, "best_collision_model.pth: is a folder"),
     "pth a device": (nothing, MAKE.replace("w/run", "/dev/zero"), "/dev/zero: is a pipe, socket or device"),
     "pth none": (lambda w: shutil.rmtree(w / "run"), MAKE, "run: no such file"),
+    "pth of a long name": (nothing, MAKE.replace("w/run", f"w/{'x' * 300}"), "File name too long"),
+    "run of a long name": (nothing, RESUME.replace("w/run", f"w/{'x' * 300}"), "File name too long"),
+    "titles of a long name": (nothing, TITLES.replace("D.item", "x" * 300), "File name too long"),
+    "index of a long name": (nothing, EXTEND.replace("D.index", "x" * 300), "File name too long"),
     "pth none to resume": (lambda w: [p.unlink() for p in (w / "run").iterdir()], RESUME, "has no epoch_…_model.pth"),
     "pth a tensor": (lambda w: torch.save(torch.ones(3), w / BEST), MAKE, "not an RQ-VAE checkpoint"),
     "pth no weights": (pth(lambda c: c["state_dict"].clear()), MAKE, "holds no weights"),
@@ -317,6 +303,12 @@ FILES: dict[str, tuple[Break, str, str]] = {
     "titles a pipe": (replaced("D.item.json", os.mkfifo), TITLES, "D.item.json: is a pipe"),
     # places
     "output there": (text("o.json", "mine"), MAKE, "o.json: is there already"),
+    "output other data": (
+        nothing,
+        f"{MAKE.replace('o.json', 'D.item.json')} --overwrite",
+        "is there and no index file",
+    ),
+    "output the embeddings": (nothing, f"{MAKE.replace('o.json', 'e.npy')} --overwrite", "is there and no index file"),
     "output a folder": (lambda w: (w / "o.json").mkdir(), f"{MAKE} --overwrite", "o.json: is there and no file"),
     "output a pipe": (lambda w: os.mkfifo(w / "o.json"), f"{MAKE} --overwrite", "o.json: is there and no file"),
     "output under a file": (nothing, MAKE.replace("w/o", "w/e.npy/o"), "cannot be written"),
@@ -437,65 +429,3 @@ with written_whole(Path(sys.argv[1])) as temporary:
         assert run(world, MAKE, capsys)[0] == 0 and run(world, RESUME, capsys)[0] == 0
     hidden = [name for name in listing(world) if name.split("/")[-1].startswith(".")]
     assert hidden == [".o.json.12345678.partial", ".o.json.note"]
-
-
-# ---- anything at all: an answer or one line, never another exception ----
-
-READERS: dict[str, Callable[[Path], Any]] = {
-    "e.npy": lambda path: Embeddings(path, torch.device("cpu")),
-    "D.index.json": read_index,
-    "D.item.json": lambda path: item_titles(path, 90),
-    "run/best_collision_model.pth": lambda path: model_from_checkpoint(load_checkpoint(path), path),
-}
-ANY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("<a_1>"),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from("0 1 2 01 ² title".split()), inner),
-    max_leaves=12,
-)
-
-
-def read_or_refuse(read: Callable[[Path], Any], path: Path) -> None:
-    try:
-        read(path)
-    except InputError as error:
-        assert "\n" not in str(error) and str(path) in str(error)
-
-
-@pytest.mark.parametrize("name", READERS)
-@ANY
-@given(data=st.data())
-def test_mutated_bytes(sound: Path, tmp_path: Path, name: str, data: st.DataObject) -> None:
-    content = bytearray((sound / name).read_bytes())
-    end = data.draw(st.sampled_from([150, 1500, len(content)]))  # headers are where it hurts
-    for _ in range(data.draw(st.integers(1, 6))):
-        position = data.draw(st.integers(0, min(end, len(content)) - 1))
-        kind = data.draw(st.sampled_from(["set", "cut", "drop", "repeat"]))
-        if kind == "set":
-            content[position] = data.draw(st.integers(0, 255))
-        elif kind == "cut":
-            del content[max(position, 1) :]
-        elif kind == "drop":
-            del content[position : position + 3]
-        else:
-            content[position:position] = content[position : position + 40]
-        if not content:
-            break
-    path = tmp_path / "x"
-    path.write_bytes(content)
-    read_or_refuse(READERS[name], path)
-
-
-@pytest.mark.parametrize("name", ["D.index.json", "D.item.json"])
-@ANY
-@given(value=VALUES)
-def test_any_json(tmp_path: Path, name: str, value: Any) -> None:
-    (tmp_path / "x.json").write_text(json.dumps(value), encoding="utf-8")
-    read_or_refuse(READERS[name], tmp_path / "x.json")
-
-
-@ANY
-@given(words=st.text("{}()[]'\"descr:fotan_sphue<f4,-0123456789 TrueFals", max_size=110))
-def test_any_array_header(tmp_path: Path, words: str) -> None:
-    header(words)(tmp_path)
-    read_or_refuse(READERS["e.npy"], tmp_path / "e.npy")
