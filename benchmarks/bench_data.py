@@ -26,7 +26,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from arguments import make_parser
-from data_process.embed import clean_text
+from data_process.item_texts import clean_text
 from utils import UserError, run_main
 
 ROOT = Path(__file__).resolve().parent.parent

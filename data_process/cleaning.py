@@ -1,4 +1,4 @@
-"""Columns of raw texts as plain lines: `clean_text` of embed.py where there is markup, polars for all the others."""
+"""Columns of raw texts as plain lines: `clean_text` of item_texts.py where there is markup, polars for all the others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import polars as pl
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_process.embed import clean_text
+from data_process.item_texts import clean_text
 
 MARKED = r"[<&\x00\x1c-\x1f]"  # what clean_text does more to than to join blanks
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_process.cleaning import cleaned
-from data_process.embed import clean_text
+from data_process.item_texts import clean_text
 from data_process.prepare import add_flags, check_name, k_core, moments, prepare, rules_of, staging
 from provenance import read_record, record_path, verify
 from utils import UserError
