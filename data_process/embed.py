@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     if is_main():
         items, hidden = gather_rows(parts, texts.fields, texts.weights, target)
         parts.remove()
-        record = record_path(args.data_path, args.dataset)
+        record = target.with_name(record_path("", args.dataset).name)
         note_made(record, "data_process/embed.py", [target], [source], ("torch", "transformers"))
         say(f"{target}: {items:,} items × {hidden} numbers from {len(texts.texts):,} different texts")
     team.close()

@@ -218,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_flags(options: argparse.Namespace) -> None:
+def refuse_flags(options: argparse.Namespace) -> None:
     """Refuse flags that do not go together or are out of range. Raises UserError."""
     if options.base_url and options.local_model:
         raise UserError("--base_url and --local_model: give one of them")
@@ -237,7 +237,7 @@ def check_flags(options: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     options = _parser().parse_args(argv)
-    check_flags(options)
+    refuse_flags(options)
     stem = Path(options.data_path) / options.dataset / options.dataset
     target = Path(f"{stem}.user.json")
     if target.exists() and not options.overwrite and not options.dry_run:
@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     inters = read_inters(Path(f"{stem}.inter.json"), len(titles))
     entries = read_json(f"{stem}.item.json")
     items = [entries[str(i)] for i in range(len(entries))]
-    found, record = None, {"method": "rule"}
+    found, record, inputs = None, {"method": "rule"}, [Path(f"{stem}.inter.json"), Path(f"{stem}.item.json")]
     if options.base_url or options.local_model:
         path = options.reviews or Path(f"{stem}.review.json")
         reviews = read_reviews(path, inters) if options.reviews or path.exists() else {}
@@ -255,10 +255,9 @@ def main(argv: list[str] | None = None) -> None:
             return
         found, record = result
         record["reviews"] = bool(reviews)
+        inputs += [path] if reviews else []
     made_by = {"program": "data_process/user_texts.py", "seed": options.seed} | record
     write_json(target, {"made_by": made_by} | user_texts(inters, items, options.seed, found), indent=1)
-    files = [Path(f"{stem}.{kind}.json") for kind in ("inter", "item", "review")]
-    inputs = [path for path in files if path.exists()]
     note_made(record_path(options.data_path, options.dataset), "data_process/user_texts.py", [target], inputs)
     say(f"{target}: preferences and intentions of {len(inters):,} users, made by {record.get('model', 'rule')}")
 

@@ -15,6 +15,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
+import provenance
 from data_process import embed
 from data_process.encoder import encode, load_encoder, longest_input, pool
 from data_process.text_vectors import Parts
@@ -110,7 +111,13 @@ def test_rows_of_items(tiny: Path, tmp_path: Path) -> None:
         vectors = [one_by_one(tiny, text) for text in fields if text]
         np.testing.assert_allclose(row, np.average(vectors, axis=0, weights=weights), atol=1e-5)
     assert found.dtype == np.float32 and np.array_equal(found[0], found[3])
-    assert sorted(path.name for path in (tmp_path / "D").iterdir()) == ["D.emb-tiny-td.npy", "D.item.json"]
+    assert sorted(path.name for path in (tmp_path / "D").iterdir()) == [
+        "D.emb-tiny-td.npy",
+        "D.item.json",
+        "D.provenance.json",
+    ]
+    notes = provenance.notes_of(tmp_path / "D", "D")
+    assert list(notes) == ["D.emb-tiny-td.npy"] and provenance.verify(tmp_path / "D", notes) == []
 
 
 def test_the_originals_way(tiny: Path, tmp_path: Path) -> None:

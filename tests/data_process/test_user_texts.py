@@ -13,6 +13,7 @@ from chat_server import GOOD, ChatServer, stall
 from conftest import INTERS, ITEMS
 from tiny_models import make_model
 
+import provenance
 from data import load_data
 from data_process import user_texts
 from utils import UserError
@@ -317,6 +318,9 @@ def test_reviews_go_into_the_questions(toy):
     with ChatServer() as server:
         content = run(toy, server)
     assert content["made_by"]["reviews"] is True
+    notes = provenance.notes_of(toy / "Toy", "Toy")
+    assert list(notes["Toy.user.json"]["inputs"]) == ["Toy.inter.json", "Toy.item.json", "Toy.review.json"]
+    assert provenance.verify(toy / "Toy", notes) == []
     text = "\n".join(server.prompts())
     assert "- Red Pen., rated 4.5; the user wrote: Review of 0 by 0" in text
     assert "The user's review: Five stars: Review of 4 by 0" in text

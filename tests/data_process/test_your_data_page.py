@@ -68,7 +68,7 @@ def test_two_tables_and_then_new_items(place):
     old, new = (json.loads((place / f"data/{name}/{name}.index.json").read_text()) for name in ("Mine", "Mine2"))
     assert len(new) == len(old) + 1 and all(new[item] == tokens for item, tokens in old.items())
     assert "Green Pen No. 90" in output
-    assert provenance.verify(provenance.record_path(place / "data", "Mine2")) == []
+    assert provenance.verify(place / "data/Mine2", provenance.notes_of(place / "data/Mine2", "Mine2")) == []
 
 
 @pytest.mark.slow
