@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
         written = write_files(folder, dataset, parquet, place)
     sources = [*options.interactions, *options.items]
     local = [file for source in sources if Path(source).exists() for file in table_files(source)]
-    record(
+    note_made(
         record_path(options.data_path, dataset), "data_process/prepare_spark.py", written, local, ("pyspark", "polars")
     )
 
