@@ -1,0 +1,105 @@
+"""Put behaviour beside text: item embeddings that also say which items follow each other in the training histories.
+
+    python data_process/behaviour.py --data_path ./data --dataset Games --text ./data/Games/Games.emb-minilm-td.npy \\
+        --output_file ./data/Games/Games.emb-behaviour.npy
+
+index/ takes the file like any other embedding (`--data_path`). It holds the text embedding and, beside it, the leading
+eigenvectors of the items' co-occurrence within a window of the training parts (`items[:-2]`), nearer pairs counting more;
+both are centred and each row of both has length 1. Validation and test items play no part. In the spirit of LETTER
+(arXiv 2405.07314), which aligns item codes with collaborative embeddings; the paper's own indices come from text alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from scipy import sparse
+from scipy.sparse.linalg import eigsh
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from arguments import make_parser
+from data import read_inters, read_items
+from utils import UserError, atomic_path, run_main, say
+
+SMOOTHING = (
+    0.5  # of the mean degree, added to every degree: without it pairs that nobody else met fill the leading vectors
+)
+
+
+def cooccurrence(histories: list[list[int]], n_items: int, window: int) -> sparse.csr_matrix:
+    """How often items occur near each other: symmetric float64 (items, items); a pair k steps apart counts 1 / k.
+
+    Args:
+        histories: item ids, oldest first.
+        window: the most steps between two items of a pair.
+    """
+    rows, columns, weights = [], [], []
+    for items in histories:
+        for step in range(1, min(window, len(items) - 1) + 1):
+            rows += items[:-step]
+            columns += items[step:]
+            weights += [1 / step] * (len(items) - step)
+    half = sparse.csr_matrix((weights, (rows, columns)), shape=(n_items, n_items))
+    return half + half.T
+
+
+def factors(counts: sparse.csr_matrix, width: int) -> np.ndarray:
+    """The leading eigenvectors of the degree-normalised `counts`, times the root of their eigenvalues: float64 (items, width).
+
+    Items that met no other have zeros. Eigenvalues below 0 tell items apart that do occur together, and are left out.
+    """
+    degrees = np.asarray(counts.sum(axis=1)).ravel()
+    scale = sparse.diags(1 / np.sqrt(degrees + SMOOTHING * degrees.mean()))
+    values, vectors = eigsh(scale @ counts @ scale, k=width, which="LA", v0=np.ones(len(degrees)))
+    return vectors * np.sqrt(values.clip(min=0))
+
+
+def unit_rows(vectors: np.ndarray) -> np.ndarray:
+    """Rows centred and scaled to length 1; rows of zeros, which say nothing, stay so and do not count for the mean."""
+    told = np.abs(vectors).max(axis=1) > 1e-9
+    rows = np.where(told[:, None], vectors - vectors[told].mean(axis=0), 0)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(min=1e-12)
+
+
+def read_text(path: Path, n_items: int) -> np.ndarray:
+    """The text embeddings, (items, dim). Raises UserError if there are none for these items."""
+    try:
+        text = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"--text {path}: no array can be loaded ({str(error).splitlines()[0]})") from error
+    if not isinstance(text, np.ndarray) or text.ndim != 2 or len(text) != n_items:
+        raise UserError(f"--text {path}: needed: one array with a row for each of the {n_items} items")
+    return text
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--data_path", required=True, help="folder that holds <dataset>/")
+    parser.add_argument("--dataset", required=True, help="name of the dataset")
+    parser.add_argument("--text", required=True, type=Path, help="text embeddings (data_process/embed.py)")
+    parser.add_argument("--output_file", required=True, type=Path, help=".npy to write")
+    parser.add_argument("--width", type=int, default=64, help="numbers that tell of behaviour")
+    parser.add_argument("--window", type=int, default=5, help="steps between two items of a pair at most")
+    parser.add_argument("--weight", type=float, default=1.0, help="length of the behaviour's part; the text's is 1")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    args = parser.parse_args(argv)
+    if args.output_file.exists() and not args.overwrite:
+        raise UserError(f"{args.output_file}: is there already; give --overwrite to replace it")
+    stem = Path(args.data_path) / args.dataset / args.dataset
+    n_items = len(read_items(Path(f"{stem}.item.json"))[0])
+    if not 0 < args.width < n_items or args.window < 1 or args.weight <= 0:
+        raise UserError(f"--width must be from 1 to {n_items - 1}, --window at least 1, --weight above 0")
+    histories = [items[:-2] for items in read_inters(Path(f"{stem}.inter.json"), n_items).values()]
+    behaviour = factors(cooccurrence(histories, n_items, args.window), args.width)
+    joined = np.hstack([unit_rows(read_text(args.text, n_items)), args.weight * unit_rows(behaviour)])
+    with atomic_path(args.output_file) as temporary, open(temporary, "wb") as file:
+        np.save(file, joined.astype(np.float32))
+    alone = int((np.abs(behaviour).max(axis=1) <= 1e-9).sum())
+    say(f"{args.output_file}: {n_items} items, {joined.shape[1]} numbers each; {alone} items met no other in training")
+
+
+if __name__ == "__main__":
+    run_main(main)
