@@ -177,6 +177,14 @@ MIXTURE = (
         None,
         Role.TRAINING,
     ),
+    Flag(
+        "history_windows",
+        False,
+        "seqrec: train on all of each training part, in pieces of max_his_len + 1 items, cut at other places in each epoch; "
+        "with the loss on the whole text every item is predicted once an epoch",
+        None,
+        Role.TRAINING,
+    ),
     Flag("valid_prompt_id", 0, "template of the validation (--no-sample_valid)", whole(0), Role.TRAINING),
     Flag("sample_valid", True, "validate each user with randomly drawn templates", None, Role.TRAINING),
     Flag("valid_prompt_sample_num", 2, "templates per user in the validation", whole(1), Role.TRAINING),
@@ -204,6 +212,7 @@ TRAIN = (
     Flag("logging_step", 10, "optimiser steps between two lines of the log", whole(1), Role.FREE),
     Flag("model_max_length", 2048, "longer samples are cut, in tokens", whole(1)),
     Flag("weight_decay", 0.01, "decoupled weight decay of AdamW", real(0)),
+    Flag("dropout", 0.0, "share dropped of the embeddings and of each layer's branches, in training", real(0, below=1)),
     Flag(
         "resume_from_checkpoint",
         None,

@@ -34,6 +34,7 @@ from collator import IGNORE, TrainCollator
 from data import RecData, load_data
 from processes import barrier, join_for_training, on_main
 from prompt_style import PromptStyle
+from regularise import add_dropout
 from resume import find_resume
 from run_folder import FINAL, LOG, PREPARED, RECORD, TENSORBOARD, RunFolder, RunRecord, model_fingerprint
 from samples import TaskValidSet, TrainSet, ValidSet
@@ -112,7 +113,15 @@ def load_datasets(args: argparse.Namespace, style: PromptStyle) -> tuple[RecData
     tasks = training_tasks(args)
     user_parts = frozenset().union(*(TASKS[name].splits["train"].user_parts for name, _, _ in tasks))
     data = load_data(args.data_path, args.dataset, args.index_file, user_parts)
-    train = TrainSet(data, style.prompts, tasks, style.form, args.seed, longest_history_only=args.longest_history_only)
+    train = TrainSet(
+        data,
+        style.prompts,
+        tasks,
+        style.form,
+        args.seed,
+        longest_history_only=args.longest_history_only,
+        history_windows=args.history_windows,
+    )
     valid = ValidSet(
         data,
         style.prompts,
@@ -218,6 +227,8 @@ def load_trainable(
         )
     model = load_model(folder, torch.float32, **more)
     model.config.use_cache = False
+    if args.dropout:
+        add_dropout(model, args.dropout)
     if args.lora:
         if args.load_in_4bit or args.load_in_8bit:
             from peft import prepare_model_for_kbit_training
