@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dataset", required=True, help="name of the dataset")
     parser.add_argument("--text", required=True, type=Path, help="text embeddings (data_process/embed.py)")
     parser.add_argument("--output_file", required=True, type=Path, help=".npy to write")
-    parser.add_argument("--width", type=int, default=64, help="numbers that tell of behaviour")
+    parser.add_argument("--width", type=int, default=64, help="numbers that tell of behaviour, at most")
     parser.add_argument("--window", type=int, default=5, help="steps between two items of a pair at most")
     parser.add_argument("--weight", type=float, default=1.0, help="length of the behaviour's part; the text's is 1")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
@@ -90,10 +90,10 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{args.output_file}: is there already; give --overwrite to replace it")
     stem = Path(args.data_path) / args.dataset / args.dataset
     n_items = len(read_items(Path(f"{stem}.item.json"))[0])
-    if not 0 < args.width < n_items or args.window < 1 or args.weight <= 0:
-        raise UserError(f"--width must be from 1 to {n_items - 1}, --window at least 1, --weight above 0")
+    if args.width < 1 or args.window < 1 or args.weight <= 0:
+        raise UserError("--width and --window must be at least 1, --weight above 0")
     histories = [items[:-2] for items in read_inters(Path(f"{stem}.inter.json"), n_items).values()]
-    behaviour = factors(cooccurrence(histories, n_items, args.window), args.width)
+    behaviour = factors(cooccurrence(histories, n_items, args.window), min(args.width, n_items - 1))
     joined = np.hstack([unit_rows(read_text(args.text, n_items)), args.weight * unit_rows(behaviour)])
     with atomic_path(args.output_file) as temporary, open(temporary, "wb") as file:
         np.save(file, joined.astype(np.float32))
