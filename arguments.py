@@ -224,6 +224,12 @@ TRAIN = (
     Flag("lr_scheduler_type", "cosine", "a transformers schedule name"),
     Flag("save_and_eval_strategy", "epoch", "when to evaluate and save", choices=("epoch", "steps")),
     Flag("save_and_eval_steps", 1000, "optimiser steps between saves (strategy steps)", whole(1)),
+    Flag(
+        "eval_delay",
+        1,
+        "epochs before the first evaluation (strategy epoch): the best is looked for after them",
+        real(0),
+    ),
     Flag("fp16", False, "mixed precision in float16 (GPUs)", None),
     Flag("bf16", False, "mixed precision in bfloat16", None),
     Flag("deepspeed", "./config/ds_z3_bf16.json", "DeepSpeed configuration; none: plain DDP", role=Role.FREE),

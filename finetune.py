@@ -188,7 +188,7 @@ def training_arguments(args: argparse.Namespace) -> Any:
         save_strategy=args.save_and_eval_strategy,
         eval_steps=args.save_and_eval_steps,
         save_steps=args.save_and_eval_steps,
-        eval_delay=1 if args.save_and_eval_strategy == "epoch" else 2000,
+        eval_delay=args.eval_delay if args.save_and_eval_strategy == "epoch" else 2000,
         save_total_limit=args.save_total_limit,
         load_best_model_at_end=True,
         metric_for_best_model=f"eval_{args.select_by}",
