@@ -5,8 +5,9 @@
 
 index/ takes the file like any other embedding (`--data_path`). It holds the text embedding and, beside it, the leading
 eigenvectors of the items' co-occurrence within a window of the training parts (`items[:-2]`), nearer pairs counting more;
-both are centred and each row of both has length 1. Validation and test items play no part. In the spirit of LETTER
-(arXiv 2405.07314), which aligns item codes with collaborative embeddings; the paper's own indices come from text alone.
+both are centred and each row of both has length 1. What met few or no others borrows from items of like text. Validation
+and test items play no part. In the spirit of LETTER (arXiv 2405.07314), which aligns item codes with collaborative
+embeddings; the paper's own indices come from text alone.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from arguments import make_parser
 from data import read_inters, read_items
 from utils import UserError, atomic_path, run_main, say
 
-SMOOTHING = (
-    0.5  # of the mean degree, added to every degree: without it pairs that nobody else met fill the leading vectors
-)
+NEIGHBOURS, SHARPNESS = 10, 10.0  # of an item by text: how many, and their weights exp(sharpness * cosine)
+CHUNK = 1024  # items whose likeness to all others is held at once
+# Of the mean degree, added to every degree: without it pairs that met nobody else fill the leading vectors.
+SMOOTHING = 0.5
 
 
 def cooccurrence(histories: list[list[int]], n_items: int, window: int) -> sparse.csr_matrix:
@@ -55,6 +57,32 @@ def factors(counts: sparse.csr_matrix, width: int) -> np.ndarray:
     scale = sparse.diags(1 / np.sqrt(degrees + SMOOTHING * degrees.mean()))
     values, vectors = eigsh(scale @ counts @ scale, k=width, which="LA", v0=np.ones(len(degrees)))
     return vectors * np.sqrt(values.clip(min=0))
+
+
+def lent(behaviour: np.ndarray, text: np.ndarray, degrees: np.ndarray) -> np.ndarray:
+    """Behaviour of which the less comes from an item itself the fewer others it met, and the rest from items of like text.
+
+    A share of `1 / (1 + degree)` is the mean of the item's nearest ten by text among those that met any. Without it new items,
+    which met none, would be alike in just that, and no model could know their codes.
+
+    Args:
+        behaviour: unit rows (items, width), zeros where an item met no other.
+        text: unit rows (items, dim).
+        degrees: how many others each item met, nearer ones counting more: (items,).
+
+    Returns:
+        unit rows (items, width).
+    """
+    known, means = np.flatnonzero(degrees > 0), np.zeros_like(behaviour)
+    for start in range(0, len(text), CHUNK):
+        likeness = text[start : start + CHUNK] @ text[known].T
+        likeness[np.arange(start, start + len(likeness))[:, None] == known] = -np.inf  # not the item itself
+        nearest = np.argsort(-likeness, axis=1)[:, :NEIGHBOURS]
+        weights = np.exp(SHARPNESS * np.take_along_axis(likeness, nearest, axis=1))
+        means[start : start + CHUNK] = (weights[:, :, None] * behaviour[known[nearest]]).sum(axis=1)
+    own = (degrees / (1 + degrees))[:, None]
+    rows = own * behaviour + (1 - own) * unit_rows(means)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(min=1e-12)
 
 
 def unit_rows(vectors: np.ndarray) -> np.ndarray:
@@ -93,11 +121,16 @@ def main(argv: list[str] | None = None) -> None:
     if args.width < 1 or args.window < 1 or args.weight <= 0:
         raise UserError("--width and --window must be at least 1, --weight above 0")
     histories = [items[:-2] for items in read_inters(Path(f"{stem}.inter.json"), n_items).values()]
-    behaviour = factors(cooccurrence(histories, n_items, args.window), min(args.width, n_items - 1))
-    joined = np.hstack([unit_rows(read_text(args.text, n_items)), args.weight * unit_rows(behaviour)])
+    counts = cooccurrence(histories, n_items, args.window)
+    degrees = np.asarray(counts.sum(axis=1)).ravel()
+    if not degrees.any():
+        raise UserError(f"{stem}.inter.json: no two items of a training part lie within --window {args.window}")
+    text = unit_rows(read_text(args.text, n_items))
+    behaviour = lent(unit_rows(factors(counts, min(args.width, n_items - 1))), text, degrees)
+    joined = np.hstack([text, args.weight * behaviour])
     with atomic_path(args.output_file) as temporary, open(temporary, "wb") as file:
         np.save(file, joined.astype(np.float32))
-    alone = int((np.abs(behaviour).max(axis=1) <= 1e-9).sum())
+    alone = int((degrees == 0).sum())
     say(f"{args.output_file}: {n_items} items, {joined.shape[1]} numbers each; {alone} items met no other in training")
 
 
