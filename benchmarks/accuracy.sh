@@ -7,7 +7,7 @@
 #   DATASET=Mine SOURCE=./data/Mine bash benchmarks/accuracy.sh
 #
 # SOURCE (../shared/data/Office) holds <DATASET>.inter.json and <DATASET>.item.json. RQ-VAE indices are learned from text and
-# behaviour (data_process/behaviour.py): two levels, the first of about 13 items a code. A LLaMA of 1 to 2 million parameters with
+# behaviour (data_process/behaviour.py): two levels, about 13 items to each code. A LLaMA of 1 to 2 million parameters with
 # two layers learns whole histories without instructions and without an end token (config/short_prompts.json): every item of a
 # history is predicted once an epoch. The epoch is chosen by NDCG@10 on the validation targets; the test targets are used once.
 set -euo pipefail
@@ -40,7 +40,7 @@ make_index() {
   if [ "$1" = rqvae ]; then
     local codes
     codes="$(codes_of "$stem.item.json")"
-    python index/main.py --data_path "$stem.emb-behaviour.npy" --ckpt_dir "$work/index" --preset fast --num_emb_list "$codes" "$((4 * codes))" \
+    python index/main.py --data_path "$stem.emb-behaviour.npy" --ckpt_dir "$work/index" --preset fast --num_emb_list "$codes" "$codes" \
       --sk_epsilons 0 0.003 --layers 512 256 128
     python index/generate_indices.py --ckpt_path "$work/index" --output_file "$stem.$1.json"
   else
@@ -50,9 +50,9 @@ make_index() {
 
 # one METHOD SEED: fine-tune and test, if that is not done
 one() {
-  local run="$work/${NAME:-$1}-seed$2" recipe="--epochs 16 --learning_rate 3e-3 --dropout 0.3"
+  local run="$work/${NAME:-$1}-seed$2" recipe="--epochs 20 --eval_delay 17 --learning_rate 3e-3"
   local form=(--data_path "$work" --dataset "$DATASET" --index_file ".$1.json" --prompt_file config/short_prompts.json --his_sep= --no_eos)
-  if [ "$1" = flat ]; then recipe="--epochs 12 --learning_rate 2e-3 --dropout 0.3"; fi
+  if [ "$1" = flat ]; then recipe="--epochs 12 --eval_delay 9 --learning_rate 2e-3"; fi
   if [ ! -e "$run/base/config.json" ]; then
     python data_process/base_model.py tiny --data_path "$work" --dataset "$DATASET" --target "$run/base" --layers 2 --seed "$2"
   fi
@@ -61,7 +61,7 @@ one() {
     python finetune.py --base_model "$run/base" --output_dir "$run/model" --overwrite_output_dir "${form[@]}" --seed "$2" \
       --deepspeed none --packing --no-gradient_checkpointing --tasks seqrec --train_prompt_sample_num 1 --train_data_sample_num 0 \
       --history_windows --init_item_tokens "$stem.emb-behaviour.npy" --per_device_batch_size 64 --gradient_accumulation_steps 1 \
-      --warmup_ratio 0.05 --logging_step 50 --valid_prompt_sample_num 1 --eval_ranking 1000000 --select_by ndcg@10 \
+      --warmup_ratio 0.05 --dropout 0.3 --logging_step 50 --valid_prompt_sample_num 1 --eval_ranking 1000000 --select_by ndcg@10 \
       --save_total_limit 1 $recipe ${FINETUNE_FLAGS:-}
   fi
   python test.py --ckpt_path "$run/model" --results_file "$run/result.json" "${form[@]}" --seed "$2" --num_beams 20 \
