@@ -67,16 +67,19 @@ def title_phrase(item: dict) -> str:
 
 
 def preferences(items: list[dict]) -> list[str]:
-    """Up to three sentences about what someone with this history likes; at least one."""
+    """One to three sentences about what someone with this history likes; titles play a part where categories are lacking."""
     kinds = most_common([kind for item in items for kind in categories_of(item)], 3)
+    lately = most_common([kind for item in items[-5:] for kind in categories_of(item)], 2)
     brands = most_common([brand for item in items if (brand := brand_of(item))], 2)
     things = most_common([phrase for item in reversed(items) if (phrase := title_phrase(item))], 3)
     texts = []
     if kinds:
         texts.append(f"The user likes {listed(kinds)}.")
+    if lately != kinds[: len(lately)]:
+        texts.append(f"Lately the user has chosen {listed(lately)}.")
     if brands:
         texts.append(f"The user often chooses {listed(brands)}.")
-    if things:
+    if things and not kinds:
         texts.append(f"The user has been interested in things such as {listed(things)}.")
     return texts or ["The user has no marked preference yet."]
 

@@ -31,7 +31,6 @@ def test_parts_targets_and_histories():
     assert content["user_explicit_preference"]["7"] == [
         "The user likes Fruit.",
         "The user often chooses Acme.",
-        "The user has been interested in things such as thing banana and thing apple.",
     ]
     rows = content["user_vague_intention"]
     assert (rows["train"]["7"]["item"], rows["train"]["7"]["inters"]) == (2, [0, 1])
@@ -70,6 +69,16 @@ def test_a_wish_tells_half_of_a_title_at_most():
     )
     long = wish(bare | {"description": " ".join(f"word{i}" for i in range(40))}, rng())
     assert long.split()[-2:] == ["word24", "…"]
+
+
+def test_preferences_tell_what_is_new_lately():
+    assert preferences([*ITEMS[:2] * 4, *ITEMS[2:4] * 3]) == [
+        "The user likes Fruit and Vegetable.",
+        "Lately the user has chosen Vegetable.",
+        "The user often chooses Acme and Root.",
+    ]
+    bare = [{"title": "Red Gel Pens, 12 Pack"}, {"title": "Paper Clips"}]
+    assert preferences(bare) == ["The user has been interested in things such as paper clips and red gel pens."]
 
 
 def test_nothing_to_tell_is_still_a_sentence():
