@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from arguments import make_parser
 from data_process.item_texts import CLEANERS, ItemTexts, item_texts, parse_fields
 from data_process.text_vectors import Parts, Team, encode_parts, gather_rows
+from provenance import record, record_path
 from utils import UserError, is_main, local_rank, read_json, run_main, say, versions, world_size
 
 
@@ -116,6 +117,8 @@ def main(argv: list[str] | None = None) -> None:
     if is_main():
         items, hidden = gather_rows(parts, texts.fields, texts.weights, target)
         parts.remove()
+        note = record_path(args.data_path, args.dataset)
+        record(note, "data_process/embed.py", [target], [source], ("torch", "transformers", "numpy"))
         say(f"{target}: {items:,} items × {hidden} numbers from {len(texts.texts):,} different texts")
     team.close()
 

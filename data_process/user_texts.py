@@ -41,6 +41,7 @@ from data_process.text_requests import (
     read_reviews,
     requests_of,
 )
+from provenance import record, record_path
 from utils import UserError, read_json, run_main, say, write_json
 
 LETTERS_A_TOKEN = 4  # of English text, for estimates
@@ -245,18 +246,21 @@ def main(argv: list[str] | None = None) -> None:
     inters = read_inters(Path(f"{stem}.inter.json"), len(titles))
     entries = read_json(f"{stem}.item.json")
     items = [entries[str(i)] for i in range(len(entries))]
-    found, record = None, {"method": "rule"}
+    inputs = [Path(f"{stem}.{kind}.json") for kind in ("inter", "item")]
+    found, method = None, {"method": "rule"}
     if options.base_url or options.local_model:
         path = options.reviews or Path(f"{stem}.review.json")
         reviews = read_reviews(path, inters) if options.reviews or path.exists() else {}
         result = texts_by_model(Sources(inters, items, reviews), target, options)
         if result is None:
             return
-        found, record = result
-        record["reviews"] = bool(reviews)
-    made_by = {"program": "data_process/user_texts.py", "seed": options.seed} | record
+        found, method = result
+        method["reviews"] = bool(reviews)
+        inputs += [path] * bool(reviews)
+    made_by = {"program": "data_process/user_texts.py", "seed": options.seed} | method
     write_json(target, {"made_by": made_by} | user_texts(inters, items, options.seed, found), indent=1)
-    say(f"{target}: preferences and intentions of {len(inters):,} users, made by {record.get('model', 'rule')}")
+    record(record_path(options.data_path, options.dataset), "data_process/user_texts.py", [target], inputs)
+    say(f"{target}: preferences and intentions of {len(inters):,} users, made by {method.get('model', 'rule')}")
 
 
 if __name__ == "__main__":

@@ -110,7 +110,11 @@ def test_rows_of_items(tiny: Path, tmp_path: Path) -> None:
         vectors = [one_by_one(tiny, text) for text in fields if text]
         np.testing.assert_allclose(row, np.average(vectors, axis=0, weights=weights), atol=1e-5)
     assert found.dtype == np.float32 and np.array_equal(found[0], found[3])
-    assert sorted(path.name for path in (tmp_path / "D").iterdir()) == ["D.emb-tiny-td.npy", "D.item.json"]
+    assert sorted(path.name for path in (tmp_path / "D").iterdir()) == [
+        "D.emb-tiny-td.npy",
+        "D.item.json",
+        "D.provenance.json",
+    ]
 
 
 def test_the_originals_way(tiny: Path, tmp_path: Path) -> None:
