@@ -177,6 +177,14 @@ MIXTURE = (
         None,
         Role.TRAINING,
     ),
+    Flag(
+        "history_windows",
+        False,
+        "seqrec: train on all of each training part, in pieces of max_his_len + 1 items, cut at other places in each epoch; "
+        "with the loss on the whole text every item is predicted once an epoch",
+        None,
+        Role.TRAINING,
+    ),
     Flag("valid_prompt_id", 0, "template of the validation (--no-sample_valid)", whole(0), Role.TRAINING),
     Flag("sample_valid", True, "validate each user with randomly drawn templates", None, Role.TRAINING),
     Flag("valid_prompt_sample_num", 2, "templates per user in the validation", whole(1), Role.TRAINING),
@@ -211,6 +219,7 @@ TRAIN = (
         choices=("base", "2023", "paper"),
     ),
     Flag("weight_decay", 0.01, "decoupled weight decay of AdamW", real(0)),
+    Flag("dropout", 0.0, "share dropped of the embeddings and of each layer's branches, in training", real(0, below=1)),
     Flag(
         "resume_from_checkpoint",
         None,
@@ -222,6 +231,12 @@ TRAIN = (
     Flag("lr_scheduler_type", "cosine", "a transformers schedule name"),
     Flag("save_and_eval_strategy", "epoch", "when to evaluate and save", choices=("epoch", "steps")),
     Flag("save_and_eval_steps", 1000, "optimiser steps between saves (strategy steps)", whole(1)),
+    Flag(
+        "eval_delay",
+        1,
+        "epochs before the first evaluation (strategy epoch): the best is looked for after them",
+        real(0),
+    ),
     Flag("fp16", False, "mixed precision in float16 (GPUs)", None),
     Flag("bf16", False, "mixed precision in bfloat16", None),
     Flag("deepspeed", "./config/ds_z3_bf16.json", "DeepSpeed configuration; none: plain DDP", role=Role.FREE),

@@ -89,7 +89,8 @@ class TrainCollator:
         only_train_response: no label on the prompt.
         packing: no padding, the samples end to end in one row (`packing.pack`).
         tasks: task names; adds `tasks`, the position in it of each token's sample's task, in the shape of `labels`, and
-            `seen`, how many tokens and samples the batch has.
+            `seen`, how many tokens and samples the batch has; where packed samples say which batch of their step they were
+            drawn for (`even_rows.Dealt`), `drawn_for`, its number for each token.
         no_eos: samples end with the response.
     """
 
@@ -117,8 +118,12 @@ class TrainCollator:
         if self.tasks is not None:
             tasks = torch.tensor([self.tasks.index(s["task"]) for s in samples])
             sizes = torch.tensor([len(row) for row in ids])
-            each = F.pad(tasks.repeat_interleave(sizes), (0, batch["labels"].shape[1] - int(sizes.sum())))[None]
-            batch["tasks"] = each if self.packing else tasks[:, None].expand(batch["labels"].shape)
+            spare = (0, batch["labels"].shape[1] - int(sizes.sum()))  # of a packed row
+            each = F.pad(tasks.repeat_interleave(sizes), spare)[None] if self.packing else tasks[:, None]
+            batch["tasks"] = each.expand(batch["labels"].shape)
+            if samples[0].get("batch") is not None:
+                drawn_for = torch.tensor([s["batch"] for s in samples])
+                batch["drawn_for"] = F.pad(drawn_for.repeat_interleave(sizes), spare)[None]
             batch["seen"] = [int(sizes.sum()), len(samples)]
         return batch
 

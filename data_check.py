@@ -16,12 +16,15 @@ from typing import Any
 
 import numpy as np
 
+import provenance
 from arguments import DATASET, PROMPT, add_flags, make_parser, whole
 from data import RecData, UserTexts, check_index, read_inters, read_items, read_users
 from prompt_style import PromptStyle
+from results import read_results
+from run_folder import model_fingerprint
 from samples import TrainSet
 from tasks import TASKS
-from utils import UserError, read_json
+from utils import UserError, read_json, sha256
 
 SHOWN_FAULTS = 1000
 
@@ -156,6 +159,40 @@ def check(args: argparse.Namespace) -> None:
     print("\nno faults")
 
 
+def verify_files(folder: Path, name: str, index_file: str, results_file: str | None) -> None:
+    """Compare the files with what was noted when they were made, and with what the results were made with.
+
+    Raises:
+        UserError: one has changed since, or nobody has noted anything.
+    """
+    notes = provenance.notes_of(folder, name, index_file)
+    faults = provenance.verify(folder, notes)
+    if results_file:
+        faults += changed_since(Path(results_file), folder, name, index_file)
+    elif not notes:
+        raise UserError(f"{folder}: nobody has noted how its files were made (no {name}.provenance.json)")
+    for fault in faults:
+        print(fault)
+    if faults:
+        raise UserError(f"{folder}: {len(faults)} files are not what they were, listed above")
+    print(f"{folder}: every file is as it was when it was made")
+
+
+def changed_since(results_file: Path, folder: Path, name: str, index_file: str) -> list[str]:
+    """A sentence for each data file, and for the checkpoint, that is not the one that the results were made with."""
+    config = read_results(results_file)["config"]
+    endings = {"inter": ".inter.json", "item": ".item.json", "user": ".user.json", "index": index_file}
+    faults = []
+    for kind, digest in config.get("data_sha256", {}).items():
+        path = folder / f"{name}{endings.get(kind, kind)}"
+        if not path.is_file() or sha256(path) != digest:
+            faults.append(f"{path}: is not the file that {results_file} was made with")
+    checkpoint = config["arguments"].get("ckpt_path")
+    if checkpoint and Path(checkpoint).is_dir() and model_fingerprint(checkpoint) != config.get("checkpoint"):
+        faults.append(f"{checkpoint}: is not the model that {results_file} was made with")
+    return faults
+
+
 def main(argv: list[str] | None = None) -> None:
     """Check or verify."""
     parser = make_parser(__doc__)
@@ -164,9 +201,11 @@ def main(argv: list[str] | None = None) -> None:
     what = parser.add_argument_group("what to do")
     what.add_argument("--check", action="store_true", help="summary, samples, faults (the default)")
     what.add_argument("--verify", action="store_true", help="compare the files with the record of how they were made")
+    what.add_argument("--results_file", metavar="F", help="--verify: also data and checkpoint of these results")
     what.add_argument("--tokenizer", metavar="PATH", help="also count tokens, as this model's tokenizer cuts")
     what.add_argument("--show", type=whole(0), default=3, help="samples of each task to print")
     args = parser.parse_args(argv)
     if args.verify:
-        raise UserError("--verify: not there yet")
-    check(args)
+        verify_files(Path(args.data_path) / args.dataset, args.dataset, args.index_file, args.results_file)
+    else:
+        check(args)

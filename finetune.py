@@ -34,6 +34,8 @@ from collator import IGNORE, TrainCollator
 from data import RecData, load_data
 from processes import join_for_training, on_main
 from prompt_style import PromptStyle
+from provenance import notes_of
+from regularise import add_dropout
 from resume import find_resume
 from run_folder import FINAL, LOG, PREPARED, RECORD, TENSORBOARD, RunFolder, RunRecord, model_fingerprint
 from samples import TaskValidSet, TrainSet, ValidSet
@@ -112,7 +114,15 @@ def load_datasets(args: argparse.Namespace, style: PromptStyle) -> tuple[RecData
     tasks = training_tasks(args)
     user_parts = frozenset().union(*(TASKS[name].splits["train"].user_parts for name, _, _ in tasks))
     data = load_data(args.data_path, args.dataset, args.index_file, user_parts)
-    train = TrainSet(data, style.prompts, tasks, style.form, args.seed, longest_history_only=args.longest_history_only)
+    train = TrainSet(
+        data,
+        style.prompts,
+        tasks,
+        style.form,
+        args.seed,
+        longest_history_only=args.longest_history_only,
+        history_windows=args.history_windows,
+    )
     valid = ValidSet(
         data,
         style.prompts,
@@ -179,7 +189,7 @@ def training_arguments(args: argparse.Namespace) -> Any:
         save_strategy=args.save_and_eval_strategy,
         eval_steps=args.save_and_eval_steps,
         save_steps=args.save_and_eval_steps,
-        eval_delay=1 if args.save_and_eval_strategy == "epoch" else 2000,
+        eval_delay=args.eval_delay if args.save_and_eval_strategy == "epoch" else 2000,
         save_total_limit=args.save_total_limit,
         load_best_model_at_end=True,
         metric_for_best_model=f"eval_{args.select_by}",
@@ -218,6 +228,8 @@ def load_trainable(
         )
     model = load_model(folder, torch.float32, **more)
     model.config.use_cache = False
+    if args.dropout:
+        add_dropout(model, args.dropout)
     if args.lora:
         if args.load_in_4bit or args.load_in_8bit:
             from peft import prepare_model_for_kbit_training
@@ -255,6 +267,7 @@ def describe_run(args: argparse.Namespace, data: RecData, train: TrainSet, valid
         samples={"train": train.counts(), "valid": len(valid)},
         files={name: {"path": str(path), "sha256": sha256(path)} for name, path in files.items()},
         versions=versions(),
+        made=notes_of(data.folder, data.name, args.index_file),
     )
 
 

@@ -53,7 +53,7 @@ def new_folder(target: str | Path, overwrite: bool = False, reads: Iterable[Path
                 target.rename(old)
             partial.rename(target)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{what_failed(error, target, partial)}; nothing was left in {target}") from None
+            raise UserError(f"{what_failed(error, target, partial)}; {target} is as it was before") from None
         finally:
             _recover(target, old)
             shutil.rmtree(partial, ignore_errors=True)

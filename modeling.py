@@ -329,6 +329,8 @@ def load_for_test(
     if not lora:
         return load_model(ckpt_path, dtype).to(device).eval(), tokenizer
 
+    if base_model is None:
+        raise UserError(f"{ckpt_path}: is an adapter; give its base with --base_model")
     return load_adapter_model(ckpt_path, base_model, tokenizer, dtype).to(device).eval(), tokenizer
 
 

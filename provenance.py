@@ -23,7 +23,7 @@ def record_path(data_path: str | Path, dataset: str) -> Path:
     return Path(data_path) / dataset / f"{dataset}.provenance.json"
 
 
-def record(
+def note_made(
     path: Path, step: str, outputs: Iterable[Path], inputs: Iterable[Path], packages: tuple[str, ...] = ("numpy",)
 ) -> None:
     """Note in the record at `path` that this process's command made `outputs` from `inputs`; other outputs' notes stay.
@@ -60,23 +60,40 @@ def read_provenance(path: Path) -> dict[str, dict[str, Any]]:
     return content
 
 
-def verify(path: Path) -> list[str]:
+def notes_of(folder: Path, name: str, index_file: str = ".index.json") -> dict[str, dict[str, Any]]:
+    """How the files of a dataset were made, by output: its record, and what index/ notes in the index's report."""
+    path = folder / f"{name}.provenance.json"
+    notes = read_provenance(path) if path.is_file() else {}
+    report = folder / f"{name}{index_file.removesuffix('.json')}.report.json"
+    content = read_json(report) if report.is_file() else None
+    made = content.get("made") if isinstance(content, dict) else None
+    if isinstance(made, dict) and isinstance(made.get("inputs"), dict) and isinstance(made.get("step"), str):
+        notes = notes | {f"{name}{index_file}": made}
+    return notes
+
+
+def verify(folder: Path, entries: dict[str, dict[str, Any]]) -> list[str]:
     """Compute all hashes again: one sentence for every output or input that is not what it was, none if all is well.
 
     An input that is itself an output is checked in both roles: it may have been made again after what was made from it.
+
+    Args:
+        folder: where files that are named without a folder lie.
+        entries: `notes_of` a dataset; of a note without "sha256" the output itself is not compared.
     """
-    entries, found, faults = read_provenance(path), {}, []
+    found: dict[str, str | None] = {}
+    faults: list[str] = []
     for name in sorted(set(entries) | {file for note in entries.values() for file in note["inputs"]}):
-        file = path.parent / name
+        file = folder / name
         found[name] = sha256(file) if file.is_file() else None
     for name, note in entries.items():
         if found[name] is None:
-            faults.append(f"{path.parent / name}: is not there any more (made by {note['step']})")
-        elif found[name] != note["sha256"]:
-            faults.append(f"{path.parent / name}: was changed after {note['step']} made it")
+            faults.append(f"{folder / name}: is not there any more (made by {note['step']})")
+        elif found[name] != note.get("sha256", found[name]):
+            faults.append(f"{folder / name}: was changed after {note['step']} made it")
         for file, digest in note["inputs"].items():
             if found[file] is None:
-                faults.append(f"{path.parent / name}: was made from {file}, which is not there any more")
+                faults.append(f"{folder / name}: was made from {file}, which is not there any more")
             elif found[file] != digest:
-                faults.append(f"{path.parent / name}: was made from another {file}; run {note['step']} again")
+                faults.append(f"{folder / name}: was made from another {file}; run {note['step']} again")
     return faults

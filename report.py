@@ -4,8 +4,9 @@
     python report.py --results_file results/a.json results/b.json …        # several seeds, one row each
 
 Reads `<stem>.predictions.jsonl` beside each results file; the metrics are computed anew from it. References are computed
-here: `random` (its expectation) and `popularity` (how often an item occurs in the training parts). The rows `…, unseen`
-leave out what the user has interacted with before: from the whole ranking of popularity, and from the model's beams.
+here: `random` (its expectation) and `popularity` (how often an item occurs in the training parts). `--references F` adds
+figures that were recorded earlier, marked as such, with their source. `--unseen` adds rows that leave out what the user has
+interacted with before: from the whole ranking of popularity, and from the model's beams.
 Writes `<first stem>.table.md` (or `--table_file`), and beside it `<first stem>.html`: the table, figures (lists of every length,
 users by history and target, learning curves, the index), examples and all settings, in one file that loads nothing else.
 """
@@ -23,7 +24,7 @@ from evaluate import check_metrics, too_long
 from metrics.ranking import METRICS, parse
 from report_page import MARK, page
 from scored_runs import read_run
-from utils import UserError, atomic_path, run_main, say
+from utils import UserError, atomic_path, read_json, run_main, say
 
 METRIC_NAMES = "hit@1,hit@5,hit@10,ndcg@5,ndcg@10"
 RESAMPLES = 2000
@@ -92,19 +93,44 @@ def cells(rows: dict[str, dict[str, np.ndarray | float]], names: str) -> list[li
     """The table's rows as text: label, and each metric's mean with its 95 % bootstrap interval over users."""
     metrics = [name for name, _, _ in parse(names)]
     found = [["model", *(name.replace("hit", "HR").replace("ndcg", "NDCG") for name in metrics)]]
-    columns = {(label, name): row[name] for label, row in rows.items() for name in metrics}
+    columns = {(label, name): row[name] for label, row in rows.items() for name in metrics if name in row}
     columns = {key: column for key, column in columns.items() if isinstance(column, np.ndarray)}
     ends: dict[tuple[str, str], np.ndarray] = {}
     for size in {len(column) for column in columns.values()}:  # all rows of as many users at once
         same = {key: column for key, column in columns.items() if len(column) == size}
         ends.update(zip(same, intervals(np.stack(list(same.values()), axis=1)), strict=True))
     for label, row in rows.items():
-        texts = [f"{np.mean(row[name]):.4f}" for name in metrics]
+        texts = [f"{np.mean(row[name]):.4f}" if name in row else "–" for name in metrics]
         for place, name in enumerate(metrics):
             if (label, name) in ends:
                 texts[place] += " [{:.4f}, {:.4f}]".format(*ends[label, name])
         found.append([label, *texts])
     return found
+
+
+def recorded(path: Path | None, dataset: str) -> tuple[dict[str, dict[str, float]], str]:
+    """The rows of `path` for `dataset`, `{label: {metric: value}}`, and a sentence for each about where it comes from.
+
+    The file is `{dataset: [{"model", "metrics": {name: value}, "source", "command"}, …]}`; a dataset that it lacks has none.
+
+    Raises:
+        UserError: the file has another form.
+    """
+    content = read_json(path) if path else {}
+    entries = content.get(dataset, []) if isinstance(content, dict) else None
+    if not isinstance(entries, list):
+        raise UserError(f"{path}: must be an object with a list of references for each dataset")
+    rows, note = {}, ""
+    for entry in entries:
+        try:
+            label, metrics = f"{entry['model']} (recorded)", {k: float(v) for k, v in entry["metrics"].items()}
+            note += f" {label}: not run here; {entry['source']}: `{entry['command']}`."
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise UserError(
+                f"{path}: {dataset!r} has an entry without texts 'model', 'source', 'command' and numbers 'metrics'"
+            ) from None
+        rows[label] = metrics
+    return rows, note
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -139,6 +165,10 @@ def main(argv: list[str] | None = None) -> None:
         "--table_file", type=Path, help="where the table goes (*.md); default: <first stem>.table.md beside it"
     )
     parser.add_argument("--metrics", default=METRIC_NAMES, help="hit@k and ndcg@k, by commas")
+    parser.add_argument(
+        "--references", type=Path, metavar="F", help="recorded rows, such as benchmarks/references.json"
+    )
+    parser.add_argument("--unseen", action="store_true", help="rows without what the user has met before, too")
     args = parser.parse_args(argv)
     check_metrics(args.metrics)
     target = args.table_file or args.results_file[0].with_name(f"{args.results_file[0].stem}.table.md")
@@ -148,17 +178,23 @@ def main(argv: list[str] | None = None) -> None:
     rows: dict[str, dict[str, np.ndarray | float]] = {
         "random (expected)": random_expectation(len(data.titles), args.metrics)
     }
-    rows |= {name: values(ranks, args.metrics) for name, ranks in popular.items()}
+    rows |= {
+        name: values(ranks, args.metrics) for name, ranks in popular.items() if args.unseen or "unseen" not in name
+    }
+    references, sources = recorded(args.references, args.dataset)
+    rows |= references
     runs = [
         read_run(path, label, data) for path, label in zip(args.results_file, labels(args.results_file), strict=True)
     ]
     for run in runs:
         rows[run.label] = values(run.ranks, args.metrics)
-        rows[f"{run.label}, unseen"] = values(run.unseen, args.metrics)
+        if args.unseen:
+            rows[f"{run.label}, unseen"] = values(run.unseen, args.metrics)
         for name in too_long(args.metrics, run.longest):
             say(f"note: {name} of {run.path} is taken from lists of {run.longest} items only")
     found = cells(rows, args.metrics)
     note = f"{data.name}: {len(data.inters):,} users, all {len(data.titles):,} items ranked; brackets: 95 % bootstrap over users."
+    note += sources
     for run in runs:
         if run.ranks.shape[1] != len(data.inters):
             note += f" {run.label} has {run.ranks.shape[1]:,} of the users, the references have all."

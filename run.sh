@@ -81,20 +81,27 @@ stage_data() {
 }
 
 stage_embed() {
-  if [ -e "$stem.index.json" ] && [ "${FORCE:-0}" != 1 ]; then echo "== embed: $stem.index.json is there, not needed"; return; fi
+  if [ "$BEHAVIOUR" = 0 ] && [ -e "$stem.index.json" ] && [ "${FORCE:-0}" != 1 ]; then echo "== embed: $stem.index.json is there, not needed"; return; fi
   if begin embed "$stem.emb-minilm-td.npy"; then
     python data_process/embed.py --data_path "$DATA_PATH" --dataset "$DATASET" --plm_name minilm \
       --model_path "$(python data_process/fetch.py minilm)" --overwrite
   fi
+  if [ "$BEHAVIOUR" = 1 ] && begin behaviour "$stem.emb-behaviour.npy"; then
+    python data_process/behaviour.py --data_path "$DATA_PATH" --dataset "$DATASET" --text "$stem.emb-minilm-td.npy" \
+      --output_file "$stem.emb-behaviour.npy" --overwrite
+  fi
 }
 
 stage_index() {
+  local embeddings="$stem.emb-minilm-td.npy"
+  if [ "$BEHAVIOUR" = 1 ]; then embeddings="$stem.emb-behaviour.npy"; fi
   if [ -e "$stem.index.json" ] && [ ! -e "$stem.index.report.json" ] && [ ! -d "$OUTPUT_DIR-index" ]; then
     echo "== index: $stem.index.json came with the dataset, kept"
   elif begin index "$stem.index.json"; then
+    INDEX_RECIPE="${INDEX_RECIPE//CODES/$(codes_of "$stem.item.json")}"
     echo "   ($INDEX_RECIPE)"
     # shellcheck disable=SC2086
-    python index/main.py --data_path "$stem.emb-minilm-td.npy" --ckpt_dir "$OUTPUT_DIR-index" $INDEX_RECIPE ${INDEX_FLAGS:-}
+    python index/main.py --data_path "$embeddings" --ckpt_dir "$OUTPUT_DIR-index" $INDEX_RECIPE ${INDEX_FLAGS:-}
     python index/generate_indices.py --ckpt_path "$OUTPUT_DIR-index" --output_file "$stem.index.json" --overwrite
   fi
 }
@@ -138,7 +145,8 @@ stage_test() {
 stage_table() {
   echo "== table"
   # shellcheck disable=SC2086
-  python report.py --results_file "$RESULTS_DIR/result.json" --data_path "$DATA_PATH" --dataset "$DATASET"
+  python report.py --results_file "$RESULTS_DIR/result.json" --data_path "$DATA_PATH" --dataset "$DATASET" \
+    --references benchmarks/references.json
   cat <<EOF
 data      $DATA_PATH/$DATASET/
 index     $stem.index.json, $stem.index.report.json

@@ -40,6 +40,7 @@ class RunRecord:
         base_model: `model_fingerprint` of the base.
         samples: `{"train": {task: samples an epoch}, "valid": samples}`.
         files: name → `{"path", "sha256"}` of every file that the run read.
+        made: how the data files were made (`provenance.notes_of`).
         written: files that the run left in its folder, by name: they are its own, others are not.
     """
 
@@ -50,6 +51,7 @@ class RunRecord:
     samples: dict[str, Any]
     files: dict[str, dict[str, str]]
     versions: dict[str, str]
+    made: dict[str, Any] = field(default_factory=dict)
     written: list[str] = field(default_factory=list)
 
     @classmethod
@@ -57,7 +59,7 @@ class RunRecord:
         """The record in `path`. Raises UserError if it is none."""
         content = read_json(path)
         kinds = {"argv": list, "arguments": dict, "processes": int, "base_model": str}
-        kinds |= {"samples": dict, "files": dict, "versions": dict, "written": list}
+        kinds |= {"samples": dict, "files": dict, "versions": dict, "made": dict, "written": list}
         if not isinstance(content, dict) or any(type(content.get(key)) is not kind for key, kind in kinds.items()):
             raise UserError(f"{path}: is no record of a run of finetune.py")
         if not all(isinstance(file, dict) and {"path", "sha256"} <= file.keys() for file in content["files"].values()):

@@ -9,7 +9,7 @@ import numpy as np
 
 from data import RecData
 from prompt import Prompts, Template
-from tasks import TASKS, HistoryFormat, Sample, longest_rows, prefix_rows
+from tasks import TASKS, HistoryFormat, Sample, longest_rows, prefix_rows, window_rows
 from utils import UserError
 
 
@@ -34,6 +34,7 @@ class TrainSet:
         tasks: `(task, train_prompt_sample_num, train_data_sample_num)`, as `arguments.parse_tasks` gives them.
         split: "valid" takes the validation samples of those tasks that have some.
         longest_history_only: of seqrec and fusionseqrec train on each user's longest history, not on every prefix of it.
+        history_windows: of seqrec train on pieces of the whole training parts, cut at other places in each epoch.
     """
 
     def __init__(
@@ -45,29 +46,41 @@ class TrainSet:
         seed: int = 42,
         split: str = "train",
         longest_history_only: bool = False,
+        history_windows: bool = False,
     ):
         self.data, self.prompts, self.form, self.seed, self.epoch = data, prompts, form, seed, 0
         self.names = [name for name, _, _ in tasks]
         self.repetitions = [repetitions for _, repetitions, _ in tasks]
         self.templates = [prompts.of(name) for name in self.names]
-        splits = [TASKS[name].splits.get(split, TASKS[name].splits["train"]) for name in self.names]
-        self._sample = [each.sample for each in splits]
-        self.rows = []
-        for (name, _, wanted), each in zip(tasks, splits, strict=True):
-            rows = each.rows(data)
-            if longest_history_only and each.rows is prefix_rows:
-                rows = longest_rows(rows)
-            if 0 < wanted < len(rows):
-                chosen = _random(seed, list(TASKS).index(name)).choice(len(rows), wanted, replace=False)
-                rows = rows[np.sort(chosen)]
-            self.rows.append(rows)
+        self._wanted = [wanted for _, _, wanted in tasks]
+        self._splits = [TASKS[name].splits.get(split, TASKS[name].splits["train"]) for name in self.names]
+        self._sample = [each.sample for each in self._splits]
+        self._longest, self._windows = longest_history_only, history_windows and form.max_his_len > 0
+        self.rows = [self._rows_of(task) for task in range(len(tasks))]
         self.ends = np.cumsum([len(rows) * n for rows, n in zip(self.rows, self.repetitions, strict=True)])
         if not len(self):
             raise UserError("there is no training sample: every user has three interactions, which all are held out")
 
+    def _rows_of(self, task: int) -> np.ndarray:
+        """The rows of the task at this place in `names`: as many, and drawn alike, in every epoch."""
+        name, wanted = self.names[task], self._wanted[task]
+        if self._windows and name == "seqrec":
+            rows = window_rows(self.data, self.form.max_his_len + 1, _random(self.seed, self.epoch))
+        else:
+            rows = self._splits[task].rows(self.data)
+        if self._longest and self._splits[task].rows is prefix_rows and rows.shape[1] == 2:
+            rows = longest_rows(rows)
+        if 0 < wanted < len(rows):
+            chosen = _random(self.seed, list(TASKS).index(name)).choice(len(rows), wanted, replace=False)
+            rows = rows[np.sort(chosen)]
+        return rows
+
     def set_epoch(self, epoch: int) -> None:
-        """Draw other templates: those of `epoch`, counted from 0."""
+        """Draw other templates, and cut windows elsewhere: those of `epoch`, counted from 0."""
         self.epoch = epoch
+        if self._windows and "seqrec" in self.names:
+            task = self.names.index("seqrec")
+            self.rows[task] = self._rows_of(task)
 
     def __len__(self) -> int:
         return int(self.ends[-1])

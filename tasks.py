@@ -57,6 +57,26 @@ def longest_rows(rows: np.ndarray) -> np.ndarray:
     return rows[np.diff(rows[:, 0], append=-1) != 0]
 
 
+def window_rows(data: RecData, size: int, rng: np.random.Generator) -> np.ndarray:
+    """(user number, position of the target, first position of the history): training parts cut into pieces of `size` items.
+
+    A longer part is cut at places that `rng` draws, where every item but a piece's first is the target of what stands
+    before it in its piece. As many rows for every draw: int32 (n, 3); the row of an empty piece is the user's newest `size`.
+    """
+    rows = []
+    for user, items in enumerate(data.inters.values()):
+        length = len(items) - 2
+        pieces = 1 if length <= size else -(-length // size) + 1
+        end = length if pieces == 1 else int(rng.integers(1, size + 1))
+        for piece in range(pieces):
+            start, stop = max(0, end + (piece - 1) * size), min(length, end + piece * size)
+            if stop - start < 2:
+                start, stop = max(0, length - size), length
+            if stop - start >= 2:
+                rows.append((user, stop - 1, start))
+    return np.array(rows, dtype=np.int32).reshape(-1, 3)
+
+
 def _last_rows(back: int) -> Callable[[RecData], np.ndarray]:
     """(user number, position of the target) with the target `back` items from the end."""
 
@@ -115,8 +135,8 @@ def _history_slots(data: RecData, form: HistoryFormat, history: list[int]) -> di
 
 def _sequence_sample(data: RecData, row: np.ndarray, form: HistoryFormat, rng: np.random.Generator) -> Sample:
     user, position = data.user_ids[row[0]], int(row[1])
-    items = data.inters[user]
-    history, target = form.cut(items[:position]), items[position]
+    items, first = data.inters[user], int(row[2]) if len(row) > 2 else 0
+    history, target = form.cut(items[first:position]), items[position]
     return Sample(user, history, target, _history_slots(data, form, history) | _item_slots(data, target))
 
 
@@ -163,7 +183,7 @@ class Split:
     """The samples of a split of a task.
 
     Args:
-        rows: the data → a row of integers for each sample, int32 (n, 1 or 2).
+        rows: the data → a row of integers for each sample, int32 (n, 1 to 3).
         sample: (data, row, history format, generator) → the sample.
         user_parts: what of `<D>.user.json` it needs (`data.USER_PARTS`).
     """

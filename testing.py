@@ -20,6 +20,7 @@ from modeling import DTYPES, find_checkpoint, item_trie, load_for_test
 from processes import join_for_scoring, on_main, pick_device
 from prompt import SLOT, Prompts, Template
 from prompt_style import PromptStyle, check_same_items, choose_style
+from provenance import notes_of
 from results import Expected, Store, check_metrics, too_long
 from run_folder import model_fingerprint
 from samples import TestSet
@@ -192,11 +193,13 @@ def describe(
     training = with_role(Role.TRAINING)
     return {
         "argv": sys.argv,
+        "processes": world_size(),
         "arguments": {key: value for key, value in vars(args).items() if key not in training},
         "task": task,
         "prompt_ids": prompt_ids,
         "prompts_sha256": hashlib.sha256(frame.encode()).hexdigest(),
         "data_sha256": {name: sha256(path) for name, path in sorted(data.files.items())},
+        "made": notes_of(data.folder, data.name, args.index_file),
         "checkpoint": on_main(lambda: model_fingerprint(folder)),
         "base": on_main(lambda: model_fingerprint(args.base_model)) if args.lora else None,
         "items_that_share_an_index": data.shared_items,

@@ -12,9 +12,8 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ from transformers import ProgressCallback, Trainer, TrainerCallback
 
 from beam_rows import PrefixCache
 from collator import IGNORE, TestCollator, encode_prompts
-from data import ITEM_TOKEN
 from decoding import beam_search
+from even_rows import MOST_DEALT, Dealt, EvenRows
 from metrics.ranking import hit, ndcg, rank_of
 from modeling import full_state, item_trie
 from packing import PACKED, LabelledHead
@@ -35,8 +34,7 @@ from processes import barrier, sum_over_processes
 from run_folder import RunFolder
 from utils import UserError, checkpoints, is_main, rank, world_size
 
-PARTIAL = ".partial"
-MOST_DEALT = 16  # each process looks at the texts of a whole step to deal them evenly: 0.1 ms a sample
+_PARTIAL = ".partial"
 
 
 def peak_memory(device: torch.device) -> float:
@@ -159,47 +157,6 @@ class Ranking:
         return [rank_of(target, row) for target, row in zip(targets, items.tolist(), strict=True)]
 
 
-def text_size(sample: dict[str, str]) -> float:
-    """About how many tokens a sample has, from its text: an item token is one, other text about a token for 4 characters."""
-    text = sample["prompt"] + sample["response"]
-    rest = ITEM_TOKEN.sub("", text)
-    return text.count("<") + len(rest) / 4
-
-
-class EvenRows:
-    """A sampler's order with the samples of each step dealt to the processes so that their packed rows are about as long.
-
-    Every process waits for the one with the longest row. Which samples a step has does not change, and so neither does its
-    loss nor its gradient. Made for a sampler that gives `batch` samples to each of `processes` in turn.
-    """
-
-    def __init__(self, sampler: Any, dataset: Any, batch: int, processes: int):
-        self.sampler, self.dataset, self.batch, self.processes = sampler, dataset, batch, processes
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-    def set_epoch(self, epoch: int) -> None:
-        """As the sampler's."""
-        self.sampler.set_epoch(epoch)
-
-    def __iter__(self) -> Iterator[int]:
-        order = iter(self.sampler)
-        while step := list(islice(order, self.batch * self.processes)):
-            yield from self.deal(step)
-
-    def deal(self, step: list[int]) -> list[int]:
-        """A step's samples: the longest that is left goes to the process that has the least and is not full."""
-        if len(step) < self.batch * self.processes:
-            return step
-        sizes = {number: text_size(self.dataset[number]) for number in step}
-        rows: list[list[int]] = [[] for _ in range(self.processes)]
-        for number in sorted(step, key=lambda number: -sizes[number]):
-            open_rows = [row for row in rows if len(row) < self.batch]
-            min(open_rows, key=lambda row: sum(sizes[i] for i in row)).append(number)
-        return [number for row in rows for number in row]
-
-
 class RecTrainer(Trainer):
     """A `Trainer` whose loss and evaluation know tasks and labelled positions, and whose checkpoints are atomic.
 
@@ -221,6 +178,8 @@ class RecTrainer(Trainer):
         loss_average: str = "batch",
         **more: Any,
     ):
+        if more["data_collator"].packing and 1 < world_size() <= MOST_DEALT:
+            more["train_dataset"] = Dealt(more["train_dataset"])
         super().__init__(*args, **more)
         self.beside_checkpoint = beside_checkpoint
         self.tasks, self.task_set, self.ranking = tasks, task_set, ranking
@@ -232,14 +191,10 @@ class RecTrainer(Trainer):
         self._clock = time.monotonic()
 
     def get_train_dataloader(self) -> Any:
-        """transformers' own; packed rows of several processes are made about as long as each other.
-
-        Only where the loss is one mean over all tokens of a step: which process has a sample changes the means of batches.
-        """
+        """transformers' own; packed rows of several processes are made about as long as each other."""
         loader = super().get_train_dataloader()
         batches = getattr(loader.batch_sampler, "batch_sampler", None)  # accelerate's shard of the batches
-        free = self.data_collator.packing and self.model_accepts_loss_kwargs
-        if free and batches is not None and 1 < world_size() <= MOST_DEALT:
+        if isinstance(self.train_dataset, Dealt) and batches is not None:
             batches.sampler = EvenRows(batches.sampler, self.train_dataset, batches.batch_size, world_size())
         return loader
 
@@ -301,11 +256,18 @@ class RecTrainer(Trainer):
         accumulated micro-batches, and the processes' gradients are averaged: a plain mean of means.
         `token`: the mean over all labelled tokens of the step, on all processes and accumulated micro-batches.
         """
+        drawn_for = inputs.pop("drawn_for", None)
         losses, tasks = self.token_losses(model, inputs)
         self._count(inputs, losses.detach(), tasks)
-        if num_items_in_batch is None:
+        if num_items_in_batch is not None:
+            return losses.sum() * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
+        if drawn_for is None:
             return losses.sum() / max(1, len(losses))
-        return losses.sum() * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
+        batch = drawn_for[:, 1:][
+            inputs["labels"][:, 1:] != IGNORE
+        ]  # samples count in the mean that they were drawn for
+        counts = sum_over_processes(torch.bincount(batch, minlength=self.accelerator.num_processes))
+        return (losses / counts[batch]).sum()
 
     def _count(self, inputs: dict[str, Any], losses: Tensor, tasks: Tensor) -> None:
         self._sums = self._sums.to(losses.device)
@@ -377,7 +339,7 @@ class RecTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
         """Write `checkpoint-N` under another name and rename it when all of it is there; then drop the oldest."""
         name = f"checkpoint-{self.state.global_step}"
-        folder, final = Path(self.args.output_dir) / f".{name}{PARTIAL}", Path(self.args.output_dir) / name
+        folder, final = Path(self.args.output_dir) / f".{name}{_PARTIAL}", Path(self.args.output_dir) / name
         if is_main():
             check_space(folder.parent, checkpoint_bytes(self.model), f"{name} needs")
             shutil.rmtree(folder, ignore_errors=True)

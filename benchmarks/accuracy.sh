@@ -1,26 +1,25 @@
 #!/usr/bin/env bash
 # A small model against SASRec on Amazon Office (leave one out, all items ranked): minutes on two CPU cores.
 #
-#   bash benchmarks/accuracy.sh                         flat indices (one token an item), seeds 42 43 44; prints a table
-#   METHOD=rqvae bash benchmarks/accuracy.sh            three levels of 64 codes from the texts
-#   METHOD=x INDEX_FLAGS="--preset paper" bash benchmarks/accuracy.sh      an RQ-VAE with these flags, its index called x
-#   NAME=x FINETUNE_FLAGS="--epochs 20" bash benchmarks/accuracy.sh        another recipe, in folders of its own
+#   bash benchmarks/accuracy.sh                         RQ-VAE indices, seeds 42 43 44, then flat ones (one token an item); one table
+#   METHOD=rqvae bash benchmarks/accuracy.sh            one of the two alone
+#   METHOD=x INDEX_FLAGS="--preset paper" bash benchmarks/accuracy.sh      an RQ-VAE of the texts with these flags, its index called x
+#   NAME=x METHOD=rqvae FINETUNE_FLAGS="--epochs 12" bash benchmarks/accuracy.sh        another recipe, in folders of its own
 #   DATASET=Mine SOURCE=./data/Mine bash benchmarks/accuracy.sh
 #
-# SOURCE (../shared/data/Office) holds <DATASET>.inter.json and <DATASET>.item.json. A LLaMA of 1 to 2 million parameters with two
-# layers learns whole histories (the last 20 items), without instructions and without an end token (config/short_prompts.json): every item of a
+# SOURCE (../shared/data/Office) holds <DATASET>.inter.json and <DATASET>.item.json. RQ-VAE indices are learned from text and
+# behaviour (data_process/behaviour.py): two levels, about 13 items to each code. A LLaMA of 1 to 2 million parameters with
+# two layers learns whole histories without instructions and without an end token (config/short_prompts.json): every item of a
 # history is predicted once an epoch. The epoch is chosen by NDCG@10 on the validation targets; the test targets are used once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/env.sh
+source scripts/recipes.sh
 setup_env requirements.txt
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 DATASET="${DATASET:-Office}"
 SOURCE="${SOURCE:-../shared/data/$DATASET}"
-METHOD="${METHOD:-flat}"
-NAME="${NAME:-$METHOD}"
-EPOCHS="${EPOCHS:-$([ "$METHOD" = flat ] && echo 8 || echo 20)}"
-LEARNING_RATE="${LEARNING_RATE:-$([ "$METHOD" = flat ] && echo 2e-3 || echo 3e-3)}"
+METHOD="${METHOD:-rqvae flat}"
 work="./ckpt/accuracy/$DATASET"
 stem="$work/$DATASET/$DATASET"
 for kind in inter item; do
@@ -31,37 +30,57 @@ done
 if [ ! -e "$stem.emb-minilm-td.npy" ]; then
   python data_process/embed.py --data_path "$work" --dataset "$DATASET" --plm_name minilm --model_path "$(python data_process/fetch.py minilm)"
 fi
-if [ ! -e "$stem.$METHOD.json" ]; then
-  if [ "$METHOD" = rqvae ]; then
-    INDEX_FLAGS="${INDEX_FLAGS:---preset fast --num_emb_list 64 64 64 --sk_epsilons 0 0 0.003 --layers 512 256 128}"
-  fi
-  if [ -n "${INDEX_FLAGS:-}" ]; then
-    # shellcheck disable=SC2086
-    python index/main.py --data_path "$stem.emb-minilm-td.npy" --ckpt_dir "$work/index-$METHOD" $INDEX_FLAGS
-    python index/generate_indices.py --ckpt_path "$work/index-$METHOD" --output_file "$stem.$METHOD.json"
-  else
-    python index/generate_indices.py --method "$METHOD" --data_path "$stem.emb-minilm-td.npy" --output_file "$stem.$METHOD.json"
-  fi
+if [ ! -e "$stem.emb-behaviour.npy" ]; then
+  python data_process/behaviour.py --data_path "$work" --dataset "$DATASET" --text "$stem.emb-minilm-td.npy" \
+    --output_file "$stem.emb-behaviour.npy"
 fi
-results=()
-form=(--data_path "$work" --dataset "$DATASET" --index_file ".$METHOD.json" --prompt_file config/short_prompts.json --his_sep= --no_eos)
-for seed in ${SEEDS:-42 43 44}; do
-  run="$work/$NAME-seed$seed"
+
+# make_index METHOD
+make_index() {
+  if [ -e "$stem.$1.json" ]; then return; fi
+  if [ "$1" = rqvae ]; then
+    local codes
+    codes="$(codes_of "$stem.item.json")"
+    python index/main.py --data_path "$stem.emb-behaviour.npy" --ckpt_dir "$work/index-$1" --preset fast --num_emb_list "$codes" "$codes" \
+      --sk_epsilons 0 0.003 --layers 512 256 128
+    python index/generate_indices.py --ckpt_path "$work/index-$1" --output_file "$stem.$1.json"
+  elif [ -n "${INDEX_FLAGS:-}" ]; then
+    # shellcheck disable=SC2086
+    python index/main.py --data_path "$stem.emb-minilm-td.npy" --ckpt_dir "$work/index-$1" $INDEX_FLAGS
+    python index/generate_indices.py --ckpt_path "$work/index-$1" --output_file "$stem.$1.json"
+  else
+    python index/generate_indices.py --method "$1" --data_path "$stem.emb-minilm-td.npy" --output_file "$stem.$1.json"
+  fi
+}
+
+# one METHOD SEED: fine-tune and test, if that is not done
+one() {
+  local run="$work/${NAME:-$1}-seed$2" recipe="--epochs 14 --eval_delay 11 --learning_rate 3e-3 --dropout 0.2"
+  local form=(--data_path "$work" --dataset "$DATASET" --index_file ".$1.json" --prompt_file config/short_prompts.json --his_sep= --no_eos)
+  if [ "$1" = flat ]; then recipe="--epochs 12 --eval_delay 9 --learning_rate 2e-3 --dropout 0.3"; fi
   if [ ! -e "$run/base/config.json" ]; then
-    python data_process/base_model.py tiny --data_path "$work" --dataset "$DATASET" --target "$run/base" --layers 2 --seed "$seed"
+    python data_process/base_model.py tiny --data_path "$work" --dataset "$DATASET" --target "$run/base" --layers 2 --seed "$2"
   fi
   if [ ! -e "$run/model/config.json" ]; then
     # shellcheck disable=SC2086
-    python finetune.py --base_model "$run/base" --output_dir "$run/model" --overwrite_output_dir "${form[@]}" --seed "$seed" \
+    python finetune.py --base_model "$run/base" --output_dir "$run/model" --overwrite_output_dir "${form[@]}" --seed "$2" \
       --deepspeed none --packing --no-gradient_checkpointing --tasks seqrec --train_prompt_sample_num 1 --train_data_sample_num 0 \
-      --longest_history_only --init_item_tokens "$stem.emb-minilm-td.npy" --per_device_batch_size 64 --gradient_accumulation_steps 1 --epochs "$EPOCHS" \
-      --learning_rate "$LEARNING_RATE" --warmup_ratio 0.05 --logging_step 50 --valid_prompt_sample_num 1 --eval_ranking 1000000 \
-      --select_by ndcg@10 --save_total_limit 1 ${FINETUNE_FLAGS:-}
+      --history_windows --init_item_tokens "$stem.emb-behaviour.npy" --per_device_batch_size 64 --gradient_accumulation_steps 1 \
+      --warmup_ratio 0.05 --logging_step 50 --valid_prompt_sample_num 1 --eval_ranking 1000000 --select_by ndcg@10 \
+      --save_total_limit 1 $recipe ${FINETUNE_FLAGS:-}
   fi
-  python test.py --ckpt_path "$run/model" --results_file "$run/result.json" "${form[@]}" --seed "$seed" --num_beams 20 \
+  python test.py --ckpt_path "$run/model" --results_file "$run/result.json" "${form[@]}" --seed "$2" --num_beams 20 \
     --test_batch_size auto
-  results+=("$run/result.json")
+}
+
+for method in $METHOD; do
+  make_index "$method"
+  results=()
+  for seed in ${SEEDS:-42 43 44}; do
+    one "$method" "$seed"
+    results+=("$work/${NAME:-$method}-seed$seed/result.json")
+  done
+  python report.py --results_file "${results[@]}" --data_path "$work" --dataset "$DATASET" --index_file ".$method.json" \
+    --table_file "$work/${NAME:-$method}.table.md" --references benchmarks/references.json
 done
-python report.py --results_file "${results[@]}" --data_path "$work" --dataset "$DATASET" --index_file ".$METHOD.json" \
-  --table_file "$work/$NAME.table.md"
 if [ -e "$SOURCE/SOURCE.md" ]; then echo "references of $SOURCE/SOURCE.md:"; grep '^|' "$SOURCE/SOURCE.md"; fi

@@ -50,7 +50,7 @@ def single_texts(rows: list[list[str]], model_path: str, threads: int) -> tuple[
         for texts in rows:
             means = []
             for text in texts:
-                tokens = tokenizer([text], max_length=limit, truncation=True, padding=True, return_tensors="pt")
+                tokens = tokenizer([text], max_length=limit, truncation=True, return_tensors="pt")
                 output = model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
                 mask = tokens.attention_mask.unsqueeze(-1)
                 means.append((output.last_hidden_state * mask).sum(1) / mask.sum(1))

@@ -38,17 +38,14 @@ UPLOADED = (
 )
 
 
-def command_line(script: str, record: dict[str, Any]) -> list[str]:
-    """The command that a record (`run.json`, or the `config` of results) keeps as `argv`; none if it keeps no words.
-
-    Args:
-        script: the command without its words, such as `python test.py`.
-    """
-    words = record.get("argv")
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+def command_line(record: dict[str, Any]) -> list[str]:
+    """The command that a record (`run.json`, or the `config` of results) keeps as `argv`; none if it keeps no words."""
+    words, processes = record.get("argv"), record.get("processes", 1)
+    if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
         return []
-    own = words[1:] if words and words[0].endswith(".py") else words
-    return [f"{script} {shlex.join(own)}"]
+    many = isinstance(processes, int) and processes > 1
+    start = f"torchrun --nproc_per_node={processes}" if many else "python"
+    return [f"{start} {shlex.join([Path(words[0]).name, *words[1:]])}"]
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -138,7 +135,10 @@ def make_card(folder: Path, repo_id: str, results: list[Path], index_file: Path 
     ]
     if tested:
         text += ["## Results", *metrics_table(tested)]
-    if commands := _commands(run, tested):
+    commands = [
+        line for record in (run, *(content["config"] for _, content in tested)) for line in command_line(record)
+    ]
+    if commands:
         text += ["", "## Commands", "```bash", *commands, "```"]
     if run.get("versions"):
         text += ["", "Versions: " + ", ".join(f"{name} {version}" for name, version in run["versions"].items()) + "."]
@@ -170,15 +170,6 @@ def _data_lines(run: dict[str, Any], tested: list[tuple[Path, dict[str, Any]]], 
         if hashes.setdefault("index", sha256(index_file)) != sha256(index_file):
             raise UserError(f"{index_file}: is not the index file of this run (its hash differs)")
     return [f"- {name}: sha256 `{digest}`" for name, digest in sorted(hashes.items())]
-
-
-def _commands(run: dict[str, Any], tested: list[tuple[Path, dict[str, Any]]]) -> list[str]:
-    processes = run.get("processes", 1)
-    many = isinstance(processes, int) and processes > 1
-    commands = command_line(f"torchrun --nproc_per_node={processes} finetune.py" if many else "python finetune.py", run)
-    for _, content in tested:
-        commands += command_line("python test.py", content["config"])
-    return commands
 
 
 def write_card(folder: Path, text: str, overwrite: bool) -> None:

@@ -23,7 +23,7 @@ from arguments import make_parser
 from data_process.from_table import add_item_flags, frames, item_columns, text_columns
 from data_process.prepare import ITEM_TEXTS, check_name, checked_items
 from data_process.raw_files import BadLines, table_files
-from provenance import record, record_path
+from provenance import note_made, record_path
 from utils import UserError, atomic_path, read_json, run_main, say
 
 
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
             shutil.copyfile(f"{old}.{kind}", paths[kind])
     inputs = [*files, *(Path(f"{old}.{kind}") for kind in ("item.json", "item2id", *copied))]
     outputs = [Path(f"{new}.{kind}") for kind in written]
-    record(record_path(options.data_path, new_name), "data_process/add_items.py", outputs, inputs, ("polars",))
+    note_made(record_path(options.data_path, new_name), "data_process/add_items.py", outputs, inputs, ("polars",))
     say(f"{new.parent}: {len(items):,} items, {added.height:,} of them new")
 
 

@@ -24,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from arguments import make_parser
 from data_process.item_texts import CLEANERS, ItemTexts, item_texts, parse_fields
 from data_process.text_vectors import Parts, Team, encode_parts, gather_rows
-from provenance import record, record_path
+from provenance import note_made, record_path
 from utils import UserError, is_main, local_rank, read_json, run_main, say, versions, world_size
 
 
-def pick_device(name: str) -> str:
+def encoder_device(name: str) -> str:
     """`--device`, this process's own GPU under torchrun, or the CPU, said in one line, where CUDA is absent."""
     import torch
 
@@ -60,7 +60,7 @@ def plan_of(args: argparse.Namespace, texts: ItemTexts, parts: Parts) -> dict[st
     }
 
 
-def build_parser() -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument("--data_path", default="./data", help="folder that holds the datasets' folders")
     parser.add_argument("--dataset", default="Games", help="name D of the dataset: reads <data_path>/D/D.item.json")
@@ -92,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
+    args = _parser().parse_args(argv)
     for flag, least in (("max_sent_len", 1), ("batch_size", 1), ("part_size", 0)):
         if getattr(args, flag) < least:
             raise UserError(f"--{flag} {getattr(args, flag)}: must be at least {least}")
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from data_process.encoder import encode, load_encoder, longest_input
 
-    args.device = pick_device(args.device)
+    args.device = encoder_device(args.device)
     tokenizer, model = load_encoder(args.model_path, args.device, args.dtype)
     max_len = longest_input(model, args.max_sent_len)
     parts = Parts.of(target.with_name(f"{target.name}.parts"), texts.texts, args.part_size)
@@ -117,8 +117,8 @@ def main(argv: list[str] | None = None) -> None:
     if is_main():
         items, hidden = gather_rows(parts, texts.fields, texts.weights, target)
         parts.remove()
-        note = record_path(args.data_path, args.dataset)
-        record(note, "data_process/embed.py", [target], [source], ("torch", "transformers", "numpy"))
+        record = target.with_name(record_path("", args.dataset).name)
+        note_made(record, "data_process/embed.py", [target], [source], ("torch", "transformers"))
         say(f"{target}: {items:,} items × {hidden} numbers from {len(texts.texts):,} different texts")
     team.close()
 

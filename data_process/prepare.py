@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data_process.cleaning import cleaned
 from data_process.dataset_files import DATASET_KINDS, Chosen, write_dataset
 from data_process.raw_files import BadLines
-from provenance import record, record_path
+from provenance import note_made, record_path
 from utils import UserError, say
 
 SHORTEST = 3  # leave-one-out: one item to learn from, one to validate, one to test
@@ -344,5 +344,5 @@ def prepare_dataset(
         with_text = texts.filter((pl.col("title") != "") | (pl.col("description") != ""))
         chosen = choose(staged, with_text, rules, str(inputs[0]))
         written = write_dataset(folder, dataset, chosen, staged, with_text, place)
-    record(record_path(options.data_path, dataset), step, written, inputs, ("polars", "numpy"))
+    note_made(record_path(options.data_path, dataset), step, written, inputs, ("polars", "numpy"))
     return folder

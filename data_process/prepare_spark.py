@@ -27,7 +27,7 @@ from data_process.from_table import add_event_flags, add_item_flags, event_colum
 from data_process.item_texts import clean_text
 from data_process.prepare import ITEM_TEXTS, SHORTEST, Rules, add_preparation_flags, check_name, rules_of, staging
 from data_process.raw_files import table_files
-from provenance import record, record_path
+from provenance import note_made, record_path
 from utils import UserError, run_main, say
 
 
@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
         written = write_files(folder, dataset, parquet, place)
     sources = [*options.interactions, *options.items]
     local = [file for source in sources if Path(source).exists() for file in table_files(source)]
-    record(
+    note_made(
         record_path(options.data_path, dataset), "data_process/prepare_spark.py", written, local, ("pyspark", "polars")
     )
 

@@ -13,7 +13,7 @@ from data_process.item_texts import clean_text
 from data_process.rule_texts import brand_of, categories_of, content_words, without_title
 from utils import UserError, read_json
 
-KINDS = ("preference", "train", "test")
+TEXT_KINDS = ("preference", "train", "test")
 HELD_OUT = {"preference": 3, "train": 3, "test": 1}  # items at the end that a text of this kind does not look at
 NEWEST = 20  # items of a history in a prompt
 LONGEST_IN_HISTORY, LONGEST_OF_TARGET, LONGEST_ANSWER = 300, 500, 400  # characters
@@ -51,8 +51,8 @@ class Sources:
 
 
 @dataclass(frozen=True)
-class Request:
-    """One text to be made: of `user`, one of `KINDS`; `key` names model and prompt."""
+class TextRequest:
+    """One text to be made: of `user`, one of `TEXT_KINDS`; `key` names model and prompt."""
 
     user: str
     kind: str
@@ -62,8 +62,8 @@ class Request:
 def read_reviews(path: Path, inters: dict[str, list[int]]) -> dict[str, list[Review]]:
     """`<D>.review.json`: `{"user": [{"item": int, "text": str, "rating": float or null, "time": int}, …]}`.
 
-    A user's reviews stand in the order of the history, one for each item (an empty text where none was written). Users
-    without reviews may be missing.
+    A user's reviews stand in the order of the history, one for each item (an empty text where none was written); a
+    "summary", if there is one, comes before the text. Users without reviews may be missing.
 
     Raises:
         UserError: with file and user, where something else stands there.
@@ -82,21 +82,27 @@ def read_reviews(path: Path, inters: dict[str, list[int]]) -> dict[str, list[Rev
             raise UserError(f"{where}: the reviews' items must be those of the interaction file, in its order")
         for place, row in enumerate(rows):
             rating = row.get("rating")
-            if not isinstance(row.get("text") or "", str):
-                raise UserError(f"{where}: 'text' of review {place} is no text")
+            for name in ("text", "summary"):
+                if not isinstance(row.get(name) or "", str):
+                    raise UserError(f"{where}: {name!r} of review {place} is no text")
             if rating is not None and (isinstance(rating, bool) or not isinstance(rating, int | float)):
                 raise UserError(f"{where}: 'rating' of review {place} is neither a number nor null")
-        found[user] = [Review(clean_text(row.get("text") or ""), row.get("rating")) for row in rows]
+        found[user] = [Review(_whole_text(row), row.get("rating")) for row in rows]
     return found
 
 
-def requests_of(sources: Sources, model: str) -> Iterator[Request]:
+def _whole_text(row: dict) -> str:
+    parts = (clean_text(row.get(name) or "") for name in ("summary", "text"))
+    return ": ".join(part for part in parts if part)
+
+
+def requests_of(sources: Sources, model: str) -> Iterator[TextRequest]:
     """Every text that the model is asked for. A user without history before the held-out items gets no preference."""
     for user, items in sources.inters.items():
-        for kind in KINDS:
+        for kind in TEXT_KINDS:
             if kind != "preference" or len(items) > HELD_OUT[kind]:
                 prompt = f"{model}\0{SYSTEM}\0{prompt_of(sources, user, kind)}"
-                yield Request(user, kind, hashlib.sha256(prompt.encode("utf-8", "replace")).hexdigest())
+                yield TextRequest(user, kind, hashlib.sha256(prompt.encode("utf-8", "replace")).hexdigest())
 
 
 def prompt_of(sources: Sources, user: str, kind: str) -> str:

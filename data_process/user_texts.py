@@ -32,16 +32,16 @@ from data_process.local_model import LocalModel
 from data_process.rule_texts import preferences, queries
 from data_process.text_requests import (
     HELD_OUT,
-    KINDS,
     SYSTEM,
-    Request,
+    TEXT_KINDS,
     Sources,
+    TextRequest,
     parse_answer,
     prompt_of,
     read_reviews,
     requests_of,
 )
-from provenance import record, record_path
+from provenance import note_made, record_path
 from utils import UserError, read_json, run_main, say, write_json
 
 LETTERS_A_TOKEN = 4  # of English text, for estimates
@@ -73,7 +73,7 @@ def user_texts(inters: dict[str, list[int]], items: list[dict], seed: int, found
 # ---- texts of a language model ----
 
 
-def parsed(request: Request, sources: Sources, answers: AnswerFile, tries: int) -> list[str] | None:
+def parsed(request: TextRequest, sources: Sources, answers: AnswerFile, tries: int) -> list[str] | None:
     """The texts of the first answer (of `tries`) that is well formed."""
     items = sources.inters[request.user]
     title = sources.items[items[len(items) - HELD_OUT[request.kind]]]["title"]
@@ -83,7 +83,7 @@ def parsed(request: Request, sources: Sources, answers: AnswerFile, tries: int) 
     return None
 
 
-def ask_all(requests: list[Request], sources: Sources, answers: AnswerFile, writer: Any, tries: int) -> None:
+def ask_all(requests: list[TextRequest], sources: Sources, answers: AnswerFile, writer: Any, tries: int) -> None:
     """Ask for what is not answered yet, and again, `tries` times in all, where an answer is malformed."""
     from tqdm import tqdm
 
@@ -94,7 +94,7 @@ def ask_all(requests: list[Request], sources: Sources, answers: AnswerFile, writ
             if len(answers.answers.get(request.key, [])) == attempt and not parsed(request, sources, answers, tries)
         }  # by key: equal questions are asked once
 
-        def questions(open_requests: dict[str, Request] = unanswered) -> Iterator[Ask]:
+        def questions(open_requests: dict[str, TextRequest] = unanswered) -> Iterator[Ask]:
             for key, request in open_requests.items():
                 yield key, prompt_of(sources, request.user, request.kind)
 
@@ -108,7 +108,7 @@ def ask_all(requests: list[Request], sources: Sources, answers: AnswerFile, writ
                 writer.ask(questions(), SYSTEM, attempt, keep)
 
 
-def estimate(requests: list[Request], sources: Sources, answers: AnswerFile, options: argparse.Namespace) -> None:
+def estimate(requests: list[TextRequest], sources: Sources, answers: AnswerFile, options: argparse.Namespace) -> None:
     """Print how many calls are to be made, their tokens and their price."""
     unanswered = {
         request.key: request
@@ -141,18 +141,18 @@ def texts_by_model(sources: Sources, target: Path, options: argparse.Namespace) 
     ask_all(requests, sources, answers, writer, options.tries)
     found = {(r.user, r.kind): texts for r in requests if (texts := parsed(r, sources, answers, options.tries))}
     by_rule = Counter(r.kind for r in requests if (r.user, r.kind) not in found)
-    nobody = len(sources.inters) * len(KINDS) - len(requests)
+    nobody = len(sources.inters) * len(TEXT_KINDS) - len(requests)
     say(
         f"{len(found):,} texts by {model}; tokens paid now: {answers.tokens['prompt']:,} + {answers.tokens['answer']:,}"
     )
     if by_rule:
-        count = ", ".join(f"{by_rule[kind]:,} {kind}" for kind in KINDS if by_rule[kind])
+        count = ", ".join(f"{by_rule[kind]:,} {kind}" for kind in TEXT_KINDS if by_rule[kind])
         say(f"note: by rule, as no answer was well formed: {count}; refused by the endpoint: {writer.refused:,} calls")
     record = {
         "method": "endpoint" if options.base_url else "local_model",
         "model": model,
         "texts_by_model": len(found),
-        "texts_by_rule": {kind: by_rule[kind] for kind in KINDS} | {"without_history": nobody},
+        "texts_by_rule": {kind: by_rule[kind] for kind in TEXT_KINDS} | {"without_history": nobody},
     }
     if options.base_url:
         record["base_url"] = writer.place
@@ -190,7 +190,7 @@ def parse_settings(text: str) -> dict[str, Any]:
 # ---- command line ----
 
 
-def build_parser() -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument("--data_path", default="./data", help="folder that holds <dataset>/")
     parser.add_argument("--dataset", required=True, help="name of the dataset")
@@ -218,7 +218,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check(options: argparse.Namespace) -> None:
+def refuse_flags(options: argparse.Namespace) -> None:
     """Refuse flags that do not go together or are out of range. Raises UserError."""
     if options.base_url and options.local_model:
         raise UserError("--base_url and --local_model: give one of them")
@@ -236,8 +236,8 @@ def check(options: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = build_parser().parse_args(argv)
-    check(options)
+    options = _parser().parse_args(argv)
+    refuse_flags(options)
     stem = Path(options.data_path) / options.dataset / options.dataset
     target = Path(f"{stem}.user.json")
     if target.exists() and not options.overwrite and not options.dry_run:
@@ -246,21 +246,20 @@ def main(argv: list[str] | None = None) -> None:
     inters = read_inters(Path(f"{stem}.inter.json"), len(titles))
     entries = read_json(f"{stem}.item.json")
     items = [entries[str(i)] for i in range(len(entries))]
-    inputs = [Path(f"{stem}.{kind}.json") for kind in ("inter", "item")]
-    found, method = None, {"method": "rule"}
+    found, record, inputs = None, {"method": "rule"}, [Path(f"{stem}.inter.json"), Path(f"{stem}.item.json")]
     if options.base_url or options.local_model:
         path = options.reviews or Path(f"{stem}.review.json")
         reviews = read_reviews(path, inters) if options.reviews or path.exists() else {}
         result = texts_by_model(Sources(inters, items, reviews), target, options)
         if result is None:
             return
-        found, method = result
-        method["reviews"] = bool(reviews)
-        inputs += [path] * bool(reviews)
-    made_by = {"program": "data_process/user_texts.py", "seed": options.seed} | method
+        found, record = result
+        record["reviews"] = bool(reviews)
+        inputs += [path] if reviews else []
+    made_by = {"program": "data_process/user_texts.py", "seed": options.seed} | record
     write_json(target, {"made_by": made_by} | user_texts(inters, items, options.seed, found), indent=1)
-    record(record_path(options.data_path, options.dataset), "data_process/user_texts.py", [target], inputs)
-    say(f"{target}: preferences and intentions of {len(inters):,} users, made by {method.get('model', 'rule')}")
+    note_made(record_path(options.data_path, options.dataset), "data_process/user_texts.py", [target], inputs)
+    say(f"{target}: preferences and intentions of {len(inters):,} users, made by {record.get('model', 'rule')}")
 
 
 if __name__ == "__main__":

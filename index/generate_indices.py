@@ -14,9 +14,13 @@ that it lacks free combinations of tokens that it has, which a trained recommend
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import shlex
+import sys
 from collections import Counter
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +155,25 @@ def report_of(
     return report
 
 
+def how_made(args: argparse.Namespace, index: Index) -> dict[str, Any]:
+    """Command, versions and SHA-256 of what was read: the same record as the root's `provenance.py` keeps."""
+    read = [args.data_path, args.extend, index.source.get("checkpoint", "")]
+    inputs = {str(Path(path).resolve()): file_digest(Path(path)) for path in read if path and Path(path).is_file()}
+    packages = {name: version(name) for name in ("torch", "numpy", "scikit-learn")}
+    return {
+        "step": "index/generate_indices.py",
+        "command": shlex.join(sys.argv),
+        "versions": packages,
+        "inputs": inputs,
+    }
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Write the index, its report and its picture; returns the report."""
     args = build_parser().parse_args(argv)
@@ -164,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     beside = item_file(args)
     titles = item_titles(beside, len(embeddings)) if beside else None
     index = make(args, embeddings)
-    report = report_of(args, index, embeddings, titles)
+    report = report_of(args, index, embeddings, titles) | {"made": how_made(args, index)}
     index_file, report_file, picture = outputs(args.output_file)
     for path in outputs(index_file):
         clear_leftovers(path.parent, path.name)

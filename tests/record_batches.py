@@ -16,14 +16,16 @@ import finetune
 from utils import rank
 
 
-def record(run: Any) -> list[list[tuple[str, str]]]:
-    """The micro-batches of `run`, (prompt, response) of each sample, in the list that this returns as training goes on."""
-    batches: list[list[tuple[str, str]]] = []
+def record(run: Any) -> list[list[tuple[str, str, int | None]]]:
+    """The micro-batches of `run` in the list that this returns, as training goes on: (prompt, response, the process that the
+    sample was drawn for if another may have it) of each sample.
+    """
+    batches: list[list[tuple[str, str, int | None]]] = []
     collate = run.trainer.data_collator
 
     class Recorder(type(collate)):
         def __call__(self, samples: list[dict[str, str]]) -> dict[str, Any]:
-            batches.append([(sample["prompt"], sample["response"]) for sample in samples])
+            batches.append([(sample["prompt"], sample["response"], sample.get("batch")) for sample in samples])
             return super().__call__(samples)
 
     collate.__class__ = Recorder

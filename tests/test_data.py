@@ -300,3 +300,27 @@ def test_prefix_rows_equal_a_plain_loop():
 
 def test_toy_inters_are_what_the_expectations_above_say():
     assert [items[:-2] for items in INTERS.values()] == [[0, 1, 2], [5], [2, 0], [1, 3, 5, 0]]
+
+
+def test_windows_cover_every_training_item_once_and_move_with_the_epoch(tmp_path):
+    long, short = [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5, 0], [3, 4, 5]
+    items = {"0": long, "1": short, "2": [5, 4, 3, 2]}
+    data = load_data(str(write_dataset(tmp_path, inter=items)), "Toy")
+    template = prompts(seqrec=[("{inters}", "{item}")])
+    train = TrainSet(data, template, [("seqrec", 1, 0)], HistoryFormat(3, his_sep=""), history_windows=True)
+    cuts, count = set(), len(train)
+    for epoch in range(12):
+        train.set_epoch(epoch)
+        assert len(train) == count == 5  # 11 training items in up to 4 pieces, none of 1, one of 2
+        pieces = [(int(first), int(target)) for user, target, first in train.rows[0] if user == 0]
+        assert all(1 <= target - first <= 3 for first, target in pieces)
+        covered = {position for first, target in pieces for position in range(first, target + 1)}
+        assert len(covered) >= 10 and 10 in covered  # a single item at an end has no history and no target
+        cuts.add(tuple(pieces))
+        whole = ["".join("".join(INDEX[str(item)]) for item in long[a : b + 1]) for a, b in pieces]
+        assert [train[i]["prompt"].replace("=>", "") + train[i]["response"] for i in range(4)] == [
+            text[: -len("".join(INDEX[str(long[b])]))] + "".join(INDEX[str(long[b])])
+            for text, (_, b) in zip(whole, pieces, strict=True)
+        ]
+        assert samples(train)[4] == f"{I5}=>{I4}"
+    assert len(cuts) == 4

@@ -112,7 +112,7 @@ def test_a_batch_without_a_label_weighs_nothing_and_is_counted(world, tmp_path, 
     batches = record(run)
     run.trainer.train()
     losses = [row["loss"] for row in run.trainer.state.log_history if "loss" in row]
-    shown = [len(run.tokenizer(prompt)["input_ids"]) for ((prompt, _),) in batches]
+    shown = [len(run.tokenizer(prompt)["input_ids"]) for ((prompt, _, _),) in batches]
     empty = [length >= run.args.model_max_length for length in shown]
     assert [loss == 0 for loss in losses] == empty and 0 < sum(empty) < 16
     assert f"leaves no label in {sum(empty)} of 16 of seqrec" in capsys.readouterr().out

@@ -145,7 +145,7 @@ def test_a_folder_moved_aside_by_a_killed_process_comes_back(target):
 
 def test_an_error_says_whether_a_read_or_a_write_failed(tmp_path):
     target, source = tmp_path / "out", tmp_path / "base" / "model.safetensors"
-    read = rf"^{source}: cannot be read \(Input/output error\); nothing was left in {target}$"
+    read = rf"^{source}: cannot be read \(Input/output error\); {target} is as it was before$"
     with pytest.raises(UserError, match=read), new_folder(target):
         raise OSError(errno.EIO, "Input/output error", str(source))
     full = rf"^{target}: cannot be written \(No space left on device\)"

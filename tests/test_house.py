@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -62,14 +63,15 @@ def test_the_readme_is_read_in_two_minutes():
 @pytest.mark.slow
 def test_help_teaches_and_docs_name_flags_that_exist():
     """Every script's help has an example of its command and explains each flag; every flag in a page is one of a script's."""
-    waiting = {
-        path: subprocess.Popen([sys.executable, path, "--help"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        for path in SCRIPTS
-    }
+
+    def help_of(path: Path) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, path, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+    with ThreadPoolExecutor(2) as pool:
+        done = dict(zip(SCRIPTS, pool.map(help_of, SCRIPTS), strict=True))
     known: set[str] = set(FOREIGN)
-    for path, process in waiting.items():
-        shown, _ = process.communicate(timeout=300)
-        where = path.relative_to(ROOT).as_posix()
+    for path, process in done.items():
+        shown, where = process.stdout, path.relative_to(ROOT).as_posix()
         assert process.returncode == 0, where
         assert re.search(rf"(python|torchrun|bash) .*{re.escape(path.name)}", shown), f"{where}: no example"
         flags = re.findall(r"^  (?:-\w, |-\w \S+, )?(--[\w-]+)", shown, flags=re.M)

@@ -24,7 +24,9 @@ import finetune
 
 ROOT = Path(__file__).resolve().parent.parent
 RATE = 0.2
-Batches = list[list[tuple[str, str]]]  # (prompt, response) of the samples of each micro-batch
+Batches = list[
+    list[tuple[str, str, int | None]]
+]  # prompt, response of each sample, and the process that it was drawn for
 
 
 def flags(folder: Path, accumulation: int, *more: str) -> list[str]:
@@ -42,7 +44,7 @@ def loss_by_hand(model: Any, tokenizer: Any, processes: list[Batches], average: 
     means, total, count = [], 0.0, 0
     for batch in (batch for batches in processes for batch in batches):
         losses = []
-        for prompt, response in batch:
+        for prompt, response, _ in batch:
             shown = len(tokenizer(prompt)["input_ids"])
             whole = tokenizer(prompt + response)["input_ids"] + [tokenizer.eos_token_id]
             logits = model(torch.tensor([whole]), use_cache=False).logits[0, shown - 1 : -1]
@@ -50,6 +52,17 @@ def loss_by_hand(model: Any, tokenizer: Any, processes: list[Batches], average: 
         means.append(torch.cat(losses).mean())
         total, count = total + torch.cat(losses).sum(), count + sum(map(len, losses))
     return torch.stack(means).mean() if average == "batch" else total / count
+
+
+def as_drawn(processes: list[Batches]) -> list[Batches]:
+    """The micro-batches before samples were dealt to the processes by length."""
+    drawn: list[Batches] = [[] for _ in processes]
+    for number, together in enumerate(zip(*processes, strict=True)):
+        samples = [sample for batch in together for sample in batch]
+        for process, batches in enumerate(drawn):
+            own = [sample for sample in samples if sample[2] == process]
+            batches.append(own or processes[process][number])
+    return drawn
 
 
 def train_by_hand(
@@ -128,7 +141,10 @@ def test_two_processes_train_as_by_hand(world, name, average):
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     files = [json.loads((world / f"batches.{rank}.json").read_text()) for rank in (0, 1)]
-    processes = [file["batches"] for file in files]
+    processes = as_drawn([file["batches"] for file in files])
+    assert (processes != [file["batches"] for file in files]) == ("packing" in "".join(TOGETHER[name])), (
+        "some are dealt"
+    )
     tokenizer = AutoTokenizer.from_pretrained(world / "out")
     model, other = prepared(world)[0], prepared(world)[0]
     wanted = train_by_hand(model, tokenizer, processes, 2, average)

@@ -180,7 +180,7 @@ def test_attention_on_the_cpu_stays_in_float32_under_autocast():
 
 
 def test_samples_are_dealt_evenly_within_their_step():
-    from training import EvenRows
+    from even_rows import Dealt, EvenRows
 
     class Sampler(list):
         def set_epoch(self, epoch):
@@ -188,15 +188,21 @@ def test_samples_are_dealt_evenly_within_their_step():
 
     draw = torch.Generator().manual_seed(0)
     sizes = torch.randint(40, 2000, (3 * 8 + 5,), generator=draw).tolist()
-    data = [{"prompt": "x" * (size - 7), "response": "<a_1>"} for size in sizes]
+    data = Dealt([{"prompt": "x" * (size - 7), "response": "<a_1>"} for size in sizes])
     order = Sampler(torch.randperm(len(data), generator=draw).tolist())
     dealt = EvenRows(order, data, batch=4, processes=2)
     for _ in range(2):
-        got = list(dealt)
+        got, drawn_for = [], []
+        for number in dealt:
+            got.append(number)
+            drawn_for.append(data[number]["batch"])
+        assert drawn_for[24:] == [None] * 5
         assert len(got) == len(dealt) == len(data) and got[24:] == order[24:]  # an unfinished step stays
         for start in range(0, 24, 8):
             step = got[start : start + 8]
             assert sorted(step) == sorted(order[start : start + 8])
             gap = abs(sum(sizes[i] for i in step[:4]) - sum(sizes[i] for i in step[4:]))
             assert gap < 0.2 * sum(sizes[i] for i in step)
+            for number, process in zip(step, drawn_for[start : start + 8], strict=True):
+                assert number in order[start + 4 * process : start + 4 * process + 4]
         dealt.set_epoch(1)

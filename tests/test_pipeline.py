@@ -35,7 +35,7 @@ def test_run_sh_end_to_end_and_a_second_time(tmp_path):
         return result.stdout
 
     output = run()
-    assert "| LC-Rec |" in output and "| popularity, unseen |" in output
+    assert "| LC-Rec |" in output and "| popularity |" in output
     results = json.loads((tmp_path / "results" / "result.json").read_text())
     assert set(results["mean_results"]) == {"hit@1", "hit@5", "hit@10", "ndcg@5", "ndcg@10"}
     lines = (tmp_path / "results" / "result.predictions.jsonl").read_text().splitlines()

@@ -203,7 +203,7 @@ def test_several_files_have_a_row_each(toy, tmp_path, capsys):
         for kind in ("json", "predictions.jsonl"):
             (tmp_path / f"{name}.{kind}").write_bytes((tmp_path / f"result.{kind}").read_bytes())
     files = [str(tmp_path / "a|b.json"), str(tmp_path / "c.json")]
-    report.main(["--results_file", *files, *flags_for(tmp_path, toy)[2:]])
+    report.main(["--results_file", *files, *flags_for(tmp_path, toy)[2:], "--unseen"])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| LC-Rec")]
     assert [row.split(" | ")[0] for row in rows] == [
         f"| LC-Rec ({tmp_path.name}/{name}){unseen}" for name in ("a\\|b", "c") for unseen in ("", ", unseen")
@@ -309,10 +309,26 @@ def test_table_from_the_files_of_a_run(toy, tmp_path, capsys):
     results = tmp_path / "result.json"
     write_run(tmp_path, {"task": "seqrec"})
     flags = ["--results_file", str(results), "--data_path", str(toy), "--dataset", "Toy", "--metrics", "hit@1,hit@2"]
-    report.main(flags)
+    report.main([*flags, "--unseen"])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| LC-Rec")]
     assert [cell.split()[0] for cell in rows[0].split("|")[2:4]] == ["0.2500", "0.5000"]
     # without what they have seen the lists are [4], [0, 3, 1, 2], [3, 4] and [4]
     assert rows[1].startswith("| LC-Rec, unseen |")
     assert [cell.split()[0] for cell in rows[1].split("|")[2:4]] == ["0.5000", "0.7500"]
     assert all(row in (tmp_path / "result.table.md").read_text() for row in rows)
+
+
+def test_recorded_references_are_marked_and_seen_items_stay_a_flag(toy, tmp_path, capsys):
+    write_run(tmp_path, {})
+    entry = {"model": "SASRec", "metrics": {"hit@10": 0.25}, "source": "elsewhere", "command": "run it"}
+    path = tmp_path / "references.json"
+    path.write_text(json.dumps({"Toy": [entry], "Other": [{}]}))
+    report.main([*flags_for(tmp_path, toy), "--references", str(path), "--metrics", "hit@10,ndcg@10"])
+    printed = capsys.readouterr().out
+    assert "| SASRec (recorded) | 0.2500 | – |" in printed
+    assert "SASRec (recorded): not run here; elsewhere: `run it`." in printed
+    assert "unseen" not in printed
+    for wrong in ({"Toy": {}}, {"Toy": [{"model": "SASRec"}]}, {"Toy": ["SASRec"]}, []):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match="references.json"):
+            report.main([*flags_for(tmp_path, toy), "--references", str(path)])

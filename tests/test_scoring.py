@@ -10,6 +10,7 @@ import pytest
 import torch
 from scoring_world import make_world
 
+import data_check
 import evaluate
 import results
 import scoring
@@ -337,6 +338,29 @@ def test_too_little_memory_halves_the_batch_and_never_the_beams(world, tmp_path,
     monkeypatch.setattr(scoring, "beam_search", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
     with pytest.raises(UserError, match="exceeds memory"):
         score(world, tmp_path / "c.json")
+
+
+def test_results_are_verified_against_what_lies_there_now(world, tmp_path, capsys):
+    shutil.copytree(world, tmp_path / "w")
+    score(tmp_path / "w", tmp_path / "r.json")
+    flags = [
+        "--verify",
+        "--data_path",
+        str(tmp_path / "w"),
+        "--dataset",
+        "toy",
+        "--results_file",
+        str(tmp_path / "r.json"),
+    ]
+    data_check.main(flags)
+    assert "every file is as it was" in capsys.readouterr().out
+    items = tmp_path / "w/toy/toy.item.json"
+    items.write_text(items.read_text() + "\n")
+    (tmp_path / "w/ckpt/config.json").write_text((tmp_path / "w/ckpt/config.json").read_text() + "\n")
+    with pytest.raises(UserError, match="2 files are not what they were"):
+        data_check.main(flags)
+    shown = capsys.readouterr().out
+    assert "toy.item.json: is not the file" in shown and "ckpt: is not the model" in shown
 
 
 def test_other_errors_are_not_taken_for_memory(world, tmp_path, monkeypatch):

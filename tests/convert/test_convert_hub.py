@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from convert import push
 from convert.folder import find_model
 from convert.hub import local_or_hub
-from modeling import load_for_test, prepare_base
+from modeling import find_checkpoint, load_for_test, prepare_base
 from utils import UserError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -193,7 +193,7 @@ def test_without_a_network_one_line_at_once(tmp_path, reach):
     start = time.monotonic()
     for load in (
         lambda: prepare_base("meta/tiny", tmp_path / "new", [], 0),
-        lambda: load_for_test("meta/tiny"),
+        lambda: find_checkpoint("meta/tiny"),
         lambda: find_model("meta/tiny"),
     ):
         with pytest.raises(UserError, match="^meta/tiny: no such folder.*, the hub cannot be reached .*no such model$"):
@@ -232,15 +232,15 @@ def test_models_and_adapters_of_the_hub_are_scored(tmp_path, hub, reach, lora):
     reach(hub.server_address[1])
     hub.repos = {"me/base": tmp_path / "base", "me/adapter": tmp_path / "adapter"}
     if lora:
-        model, _ = load_for_test("me/adapter", str(tmp_path / "base"), lora=True)
+        model, _ = load_for_test(find_checkpoint("me/adapter", lora=True), str(tmp_path / "base"), lora=True)
         assert torch.allclose(model(IDS).logits, logits, atol=1e-5)
         with pytest.raises(UserError, match="is a LoRA adapter; add --lora and --base_model"):
-            load_for_test("me/adapter")
+            find_checkpoint("me/adapter")
     else:
-        model, _ = load_for_test("me/base")
+        model, _ = load_for_test(find_checkpoint("me/base"))
         assert torch.equal(model.lm_head.weight, AutoModelForCausalLM.from_pretrained(tmp_path / "base").lm_head.weight)
         with pytest.raises(UserError, match="holds no LoRA adapter"):
-            load_for_test("me/base", lora=True)
+            find_checkpoint("me/base", lora=True)
 
 
 # ---- the model card ----

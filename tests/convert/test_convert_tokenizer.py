@@ -13,7 +13,7 @@ from convert_parts import ITEM_TOKENS, UNTIL_4_33, VOCABULARY, save_tokenizer
 from transformers import AutoTokenizer
 
 from convert import old_tokenizer
-from convert.folder import find_model
+from convert.folder import find_model, item_tokens, read_tokenizer
 
 SINCE_4_34 = {
     "hi<a_1><b_2> the</s>": "▁ h i <a_1> <b_2> ▁ ▁th e </s>",
@@ -74,3 +74,9 @@ def test_new_tokenizers_are_copied_as_they_are(tmp_path):
     settings = json.loads((tmp_path / "old/tokenizer_config.json").read_text()) | {"legacy": False}
     (tmp_path / "old/tokenizer_config.json").write_text(json.dumps(settings))
     assert old_tokenizer.rebuild(find_model(tmp_path / "old")) is None
+
+
+def test_item_tokens_are_those_that_train(tmp_path):
+    """data.py's pattern: levels of more than one letter too."""
+    save_tokenizer(tmp_path / "model", ["<ab_0>"])
+    assert item_tokens(read_tokenizer(find_model(tmp_path / "model"))) == {"<ab_0>": VOCABULARY}

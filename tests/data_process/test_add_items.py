@@ -40,9 +40,9 @@ def test_old_numbers_stay(catalogue):
     ]
     assert (new / "New.item2id").read_text() == "b\t0\nc\t1\nd\t2\na\t3\ne\t4\n"
     assert (new / "New.inter.json").read_bytes() == (old / "Old.inter.json").read_bytes()
-    assert provenance.verify(new / "New.provenance.json") == []
+    assert provenance.verify(new, provenance.notes_of(new, "New")) == []
     (old / "Old.item.json").write_text("{}")
-    assert provenance.verify(new / "New.provenance.json")
+    assert provenance.verify(new, provenance.notes_of(new, "New"))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
+import provenance
 from data_process import embed
 from data_process.encoder import encode, load_encoder, longest_input, pool
 from data_process.text_vectors import Parts
@@ -115,6 +116,8 @@ def test_rows_of_items(tiny: Path, tmp_path: Path) -> None:
         "D.item.json",
         "D.provenance.json",
     ]
+    notes = provenance.notes_of(tmp_path / "D", "D")
+    assert list(notes) == ["D.emb-tiny-td.npy"] and provenance.verify(tmp_path / "D", notes) == []
 
 
 def test_the_originals_way(tiny: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from chat_server import GOOD, ChatServer, stall
 from conftest import INTERS, ITEMS
 from tiny_models import make_model
 
+import provenance
 from data import load_data
 from data_process import user_texts
 from utils import UserError
@@ -309,13 +310,20 @@ def write_reviews(toy, change=None):
 
 
 def test_reviews_go_into_the_questions(toy):
-    write_reviews(toy, lambda r: r["2"].__setitem__(0, {"item": 2, "text": None, "rating": None, "time": 1}))
+    def change(reviews):
+        reviews["2"][0] |= {"text": None, "rating": None}
+        reviews["0"][4]["summary"] = "Five stars"
+
+    write_reviews(toy, change)
     with ChatServer() as server:
         content = run(toy, server)
     assert content["made_by"]["reviews"] is True
+    notes = provenance.notes_of(toy / "Toy", "Toy")
+    assert list(notes["Toy.user.json"]["inputs"]) == ["Toy.inter.json", "Toy.item.json", "Toy.review.json"]
+    assert provenance.verify(toy / "Toy", notes) == []
     text = "\n".join(server.prompts())
     assert "- Red Pen., rated 4.5; the user wrote: Review of 0 by 0" in text
-    assert "The user's review: Review of 4 by 0" in text
+    assert "The user's review: Five stars: Review of 4 by 0" in text
     assert "Review of 3 by 1" in text and "Review of 3 by 0" not in text  # user 0's item 3 is the validation target
     assert "Review of 2 by 2" not in text
 
