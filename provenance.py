@@ -7,6 +7,7 @@ can be moved. Other files may be outputs too (an index, embeddings, user texts):
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 import time
@@ -34,7 +35,7 @@ def note_made(
     entries = read_provenance(path) if path.exists() else {}
     note = {
         "step": step,
-        "command": shlex.join(sys.argv),
+        "command": re.sub(r"//[^/@\s]+@", "//", shlex.join(sys.argv)),  # no password of an address
         "versions": versions(*packages),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -46,7 +46,7 @@ def write_dataset(
         items: the staged items with clean texts.
         place: a folder for temporary files.
     """
-    ours = {f"{dataset}.{kind}" for kind in (*DATASET_KINDS, "provenance.json")}
+    ours = {f"{dataset}.{kind}" for kind in (*DATASET_KINDS, "provenance.json", "parquet")}
     old = [path.name for path in sorted(folder.glob(f"{dataset}.*")) if path.name not in ours]
     with_reviews = "review" in interactions.collect_schema()
     targets = {kind: folder / f"{dataset}.{kind}" for kind in DATASET_KINDS if kind != "review.json" or with_reviews}

@@ -32,6 +32,14 @@ def test_all_is_well(chain):
     assert set(notes["D.emb.npy"]["versions"]) == {"python", "torch"} and notes["D.emb.npy"]["command"]
 
 
+def test_no_password_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["user_texts.py", "--base_url", "https://me:secret@host/v1"])
+    (tmp_path / "D.user.json").write_text("")
+    provenance.note_made(tmp_path / "D.provenance.json", "user_texts.py", [tmp_path / "D.user.json"], [])
+    note = provenance.read_provenance(tmp_path / "D.provenance.json")["D.user.json"]
+    assert note["command"] == "user_texts.py --base_url https://host/v1"
+
+
 def test_a_moved_folder_is_still_well(chain, tmp_path):
     path, *_ = chain
     moved = path.parent.rename(tmp_path / "elsewhere")
