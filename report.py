@@ -21,7 +21,7 @@ import numpy as np
 from arguments import add_dataset, make_parser
 from data import RecData, load_data
 from evaluate import check_metrics, too_long
-from metrics.ranking import METRICS, parse
+from metrics.ranking import METRICS, parse_metrics
 from report_page import MARK, page
 from scored_runs import read_run
 from utils import UserError, atomic_path, read_json, run_main, say
@@ -41,7 +41,7 @@ def values(ranks: np.ndarray, names: str) -> dict[str, np.ndarray]:
     """
     ranks = np.atleast_2d(ranks)
     found = {}
-    for name, kind, k in parse(names):
+    for name, kind, k in parse_metrics(names):
         of_rank = {int(rank): METRICS[kind](int(rank), k) for rank in np.unique(ranks)}
         found[name] = np.vectorize(of_rank.get, otypes=[float])(ranks).mean(axis=0)
     return found
@@ -85,13 +85,13 @@ def random_expectation(n_items: int, names: str) -> dict[str, float]:
     """The expected metrics of a random order of all items: every rank is as likely."""
     return {
         name: math.fsum(METRICS[kind](rank, k) for rank in range(min(k, n_items))) / n_items
-        for name, kind, k in parse(names)
+        for name, kind, k in parse_metrics(names)
     }
 
 
 def cells(rows: dict[str, dict[str, np.ndarray | float]], names: str) -> list[list[str]]:
     """The table's rows as text: label, and each metric's mean with its 95 % bootstrap interval over users."""
-    metrics = [name for name, _, _ in parse(names)]
+    metrics = [name for name, _, _ in parse_metrics(names)]
     found = [["model", *(name.replace("hit", "HR").replace("ndcg", "NDCG") for name in metrics)]]
     columns = {(label, name): row[name] for label, row in rows.items() for name in metrics if name in row}
     columns = {key: column for key, column in columns.items() if isinstance(column, np.ndarray)}

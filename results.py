@@ -18,7 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from metrics.ranking import means, parse, rank_of
+from metrics.ranking import means, parse_metrics, rank_of
 from processes import barrier, on_main
 from utils import (
     UserError,
@@ -43,7 +43,7 @@ def check_metrics(names: str) -> str:
         UserError: an unknown metric, or a k that is no positive number.
     """
     try:
-        parse(names)
+        parse_metrics(names)
     except ValueError as error:
         raise UserError(f"--metrics: {error}") from None
     return names
@@ -51,7 +51,7 @@ def check_metrics(names: str) -> str:
 
 def too_long(names: str, num_items: int) -> list[str]:
     """Those of `names` whose k exceeds lists of `num_items` items: they cannot tell more than k = `num_items`."""
-    return [name for name, _, k in parse(names) if k > num_items]
+    return [name for name, _, k in parse_metrics(names) if k > num_items]
 
 
 def summarise(ranks: dict[int, list[int]], metrics: str) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from output_files import check_place, clear_leftovers, save_json, written_whole
 from purity import neighbour_purity
 
 
-def build_parser() -> FlagParser:
+def index_parser() -> FlagParser:
     """The flags, each with what its values may be."""
     parser = FlagParser(description=__doc__)
     add = parser.add_argument_group("files and machine").add_argument
@@ -65,7 +65,7 @@ def build_parser() -> FlagParser:
     return parser
 
 
-def check_together(args: argparse.Namespace) -> None:
+def check_index_flags(args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other, and places where nothing can be written.
 
     Raises:
@@ -176,8 +176,8 @@ def file_digest(path: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Write the index, its report and its picture; returns the report."""
-    args = build_parser().parse_args(argv)
-    check_together(args)
+    args = index_parser().parse_args(argv)
+    check_index_flags(args)
     if not args.data_path:
         path = best_checkpoint(args.ckpt_path)
         args.data_path = str(getattr(load_checkpoint(path)["args"], "data_path", ""))

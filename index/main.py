@@ -62,7 +62,7 @@ PRESETS = {
 }
 
 
-def build_parser() -> FlagParser:
+def training_parser() -> FlagParser:
     """Every flag of the original, with its defaults, and ours; each with what its values may be."""
     parser = FlagParser(description=__doc__)
     add = parser.add_argument_group("files and machine").add_argument
@@ -120,8 +120,8 @@ def build_parser() -> FlagParser:
 
 def parse_flags(argv: Sequence[str] | None) -> tuple[argparse.Namespace, set[str]]:
     """The flags, and the names of those that the user gave."""
-    args = build_parser().parse_args(argv)
-    bare, unset = build_parser(), object()
+    args = training_parser().parse_args(argv)
+    bare, unset = training_parser(), object()
     bare.set_defaults(**dict.fromkeys(vars(args), unset))
     given = {name for name, value in vars(bare.parse_args(argv)).items() if value is not unset}
     preset = PRESETS.get(args.preset, {})
@@ -132,7 +132,7 @@ def parse_flags(argv: Sequence[str] | None) -> tuple[argparse.Namespace, set[str
     return args, given
 
 
-def check_together(args: argparse.Namespace) -> None:
+def check_training_flags(args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other.
 
     Raises:
@@ -215,10 +215,10 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if args.resume:
         state = newest_checkpoint(args.resume)
         content = load_checkpoint(state)
-        content["args"] = build_parser().recorded(content["args"], state)
+        content["args"] = training_parser().recorded(content["args"], state)
         args = resumed_args(args, given, content)
         folder = None if "ckpt_dir" in given else state.parent
-    check_together(args)
+    check_training_flags(args)
     if not args.ckpt_dir and folder is None:
         raise InputError("--ckpt_dir: give a folder for the run's checkpoints")
     device = use_device(args.device)

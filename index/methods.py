@@ -18,7 +18,7 @@ from checkpoints import best_checkpoint, load_checkpoint, model_from_checkpoint
 from collisions import DEFAULT_EPSILON, MAX_ROUNDS, Resolution, quantised, resolve
 from commands import InputError
 from embeddings import Embeddings
-from main import build_parser as training_flags
+from main import training_parser as training_flags
 from models.kmeans import kmeans_centers
 from models.quantiser import squared_distances
 from models.rqvae import RQVAE

@@ -25,7 +25,7 @@ def mrr(rank: int, k: int) -> float:
 METRICS = {"hit": hit, "ndcg": ndcg, "mrr": mrr}
 
 
-def parse(names: str) -> list[tuple[str, str, int]]:
+def parse_metrics(names: str) -> list[tuple[str, str, int]]:
     """Read a comma list such as `hit@1,ndcg@10`.
 
     Returns:
@@ -59,4 +59,6 @@ def means(ranks: list[int], names: str) -> dict[str, float]:
     """
     if not ranks:
         raise ValueError("there are no samples to evaluate")
-    return {name: math.fsum(METRICS[kind](rank, k) for rank in ranks) / len(ranks) for name, kind, k in parse(names)}
+    return {
+        name: math.fsum(METRICS[kind](rank, k) for rank in ranks) / len(ranks) for name, kind, k in parse_metrics(names)
+    }

@@ -18,7 +18,7 @@ from checkpoints import load_checkpoint, model_from_checkpoint
 from flag_kinds import FlagParser
 
 ROOT = Path(__file__).resolve().parents[2]
-PARSERS = {"main.py": index_main.build_parser, "generate_indices.py": generate_indices.build_parser}
+PARSERS = {"main.py": index_main.training_parser, "generate_indices.py": generate_indices.index_parser}
 
 
 def test_without_flags_the_originals_defaults() -> None:
