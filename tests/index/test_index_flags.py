@@ -86,10 +86,3 @@ def test_help_is_grouped_with_ranges_defaults_and_an_example(name: str) -> None:
 
 def flags_of(parser: FlagParser) -> set[str]:
     return set(re.findall(r"--\w+", parser.format_usage()))
-
-
-def test_every_flag_that_the_docs_name_exists() -> None:
-    known = set.union(*(flags_of(make()) for make in PARSERS.values()))
-    text = (ROOT / "docs/index.md").read_text(encoding="utf-8")
-    elsewhere = {"--dataset", "--plm_name", "--model_path", "--threads", "--help"}  # embed.py, bench_index.py
-    assert set(re.findall(r"--[a-z]\w+", text)) - elsewhere <= known
