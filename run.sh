@@ -69,8 +69,8 @@ stage_data() {
         --dataset ml-100k --k_core 1 --item_kind movie --overwrite ${DATA_FLAGS:-}
     fi
   elif [ ! -e "$stem.inter.json" ] || [ ! -e "$stem.item.json" ]; then
-    echo "error: $stem.inter.json and $stem.item.json must be there (README, 'Files'): download the dataset," \
-      "or make them with data_process/from_recbole.py" >&2
+    echo "error: $stem.inter.json and $stem.item.json must be there (docs/formats.md): download the dataset," \
+      "or make them with data_process/from_table.py, from_amazon.py or from_recbole.py (docs/your-data.md)" >&2
     exit 2
   fi
   if [ -e "$stem.user.json" ] && ! grep -q '"made_by"' "$stem.user.json"; then

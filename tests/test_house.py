@@ -61,6 +61,12 @@ def test_the_readme_is_read_in_two_minutes():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 105
 
 
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
 @pytest.mark.slow
 def test_help_teaches_and_docs_name_flags_that_exist():
     """Every script's help has an example of its command and explains each flag; every flag in a page is one of a script's."""
