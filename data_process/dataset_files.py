@@ -1,4 +1,4 @@
-"""Write a dataset's files (README, "Files") from numbered interactions and staged texts, a slice of memory at a time."""
+"""Write a dataset's files (docs/formats.md) from numbered interactions and staged texts, a slice of memory at a time."""
 
 from __future__ import annotations
 
