@@ -47,8 +47,8 @@ def packed_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
     more = {**more, "is_causal": True}
     if (dtype := _flash_type(query)) is not None and not more.get("dropout"):
-        rows = (t.to(dtype) for t in (query, key, value))
-        return _varlen_attention(*rows, packed_lengths, sliding_window, more.get("scaling")), None
+        q, k, v = (t.to(dtype) for t in (query, key, value))
+        return _varlen_attention(q, k, v, packed_lengths, sliding_window, more.get("scaling")), None
     if query.device.type != "cpu":
         return _padded_attention(module, query, key, value, packed_lengths, sliding_window, more), None
     parts = []  # a call for each sample: no padding, no mask, and split() has a cheap backward
@@ -100,8 +100,8 @@ def _padded_attention(
     column = torch.arange(longest, device=device)[None, :]
     real = column < sizes[:, None]
     index = ((sizes.cumsum(0) - sizes)[:, None] + column).where(real, 0)
-    rows = [t[0][:, index].transpose(0, 1) for t in (q, k, v)]  # (samples, heads, longest, dim)
-    return _causal(module, *rows, window, more)[real][None]
+    q, k, v = (t[0][:, index].transpose(0, 1) for t in (q, k, v))  # (samples, heads, longest, dim)
+    return _causal(module, q, k, v, window, more)[real][None]
 
 
 AttentionInterface.register(PACKED, packed_attention)

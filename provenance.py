@@ -54,8 +54,10 @@ def read_provenance(path: Path) -> dict[str, dict[str, Any]]:
     """The notes by output. Raises UserError if the file is no such record."""
     content = read_json(path)
     for output, note in content.items() if isinstance(content, dict) else [("", None)]:
-        inputs = note.get("inputs") if isinstance(note, dict) else None
-        if not isinstance(inputs, dict) or not all(isinstance(note.get(key), str) for key in ("step", "sha256")):
+        note = note if isinstance(note, dict) else {}
+        if not isinstance(note.get("inputs"), dict) or not all(
+            isinstance(note.get(k), str) for k in ("step", "sha256")
+        ):
             raise UserError(f"{path}: {output!r} must have step, sha256 and inputs; it is no record of provenance")
     return content
 

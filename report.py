@@ -14,6 +14,7 @@ users by history and target, learning curves, the index), examples and all setti
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -89,12 +90,12 @@ def random_expectation(n_items: int, names: str) -> dict[str, float]:
     }
 
 
-def cells(rows: dict[str, dict[str, np.ndarray | float]], names: str) -> list[list[str]]:
+def cells(rows: dict[str, Mapping[str, np.ndarray | float]], names: str) -> list[list[str]]:
     """The table's rows as text: label, and each metric's mean with its 95 % bootstrap interval over users."""
     metrics = [name for name, _, _ in parse_metrics(names)]
     found = [["model", *(name.replace("hit", "HR").replace("ndcg", "NDCG") for name in metrics)]]
-    columns = {(label, name): row[name] for label, row in rows.items() for name in metrics if name in row}
-    columns = {key: column for key, column in columns.items() if isinstance(column, np.ndarray)}
+    present = {(label, name): row[name] for label, row in rows.items() for name in metrics if name in row}
+    columns = {key: column for key, column in present.items() if isinstance(column, np.ndarray)}
     ends: dict[tuple[str, str], np.ndarray] = {}
     for size in {len(column) for column in columns.values()}:  # all rows of as many users at once
         same = {key: column for key, column in columns.items() if len(column) == size}
@@ -175,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
     html = page_file(target)
     data = load_data(args.data_path, args.dataset, args.index_file)
     popular = {"popularity": popularity_ranks(data, False), "popularity, unseen": popularity_ranks(data, True)}
-    rows: dict[str, dict[str, np.ndarray | float]] = {
+    rows: dict[str, Mapping[str, np.ndarray | float]] = {
         "random (expected)": random_expectation(len(data.titles), args.metrics)
     }
     rows |= {

@@ -106,7 +106,7 @@ class _Lists:
         where = f"{self.path}: sample {record['sample']} of prompt {prompt}"
         user = record.get("user")
         number = self.number.get(user) if isinstance(user, str) else None
-        if number is None:
+        if number is None or not isinstance(user, str):
             raise UserError(f"{where}: the user {user!r} is not in {data.name}")
         for item in items:
             if type(item) is not int or not 0 <= item < len(data.titles):

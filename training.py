@@ -315,7 +315,7 @@ class RecTrainer(Trainer):
         metrics[f"{metric_key_prefix}_seconds"] = time.monotonic() - began
         model.train(training)
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._clock += time.monotonic() - began  # not part of the training's speed
         return metrics
 

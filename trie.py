@@ -81,11 +81,10 @@ class ItemTrie:
             self.widths.append(int(degree.max()))
             self.counts.append(len(starts))
         nodes = sum(self.counts)
-        first = np.empty(nodes + 1, np.int32 if nodes < 2**31 else np.int64)
-        first[0] = 1
+        first = np.ones(nodes + 1, np.int32 if nodes < 2**31 else np.int64)
         degrees.append(np.zeros(self.counts[-1], np.int32))
         np.cumsum(np.concatenate(degrees), out=first[1:])
-        first[1:] += 1
+        np.add(first[1:], 1, out=first[1:])
         self.token = torch.from_numpy(np.concatenate(tokens))
         self.item = torch.from_numpy(np.concatenate(items))
         self.first_child = torch.from_numpy(first)

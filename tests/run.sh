@@ -6,5 +6,6 @@ source scripts/env.sh
 setup_env tests/requirements.txt
 ruff check .
 ruff format --check .
+mypy ./*.py
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 python -m pytest tests "$@"
