@@ -8,7 +8,6 @@ For the same metrics within Hugging Face's `evaluate` package see metrics/metric
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from arguments import make_parser
 from results import check_metrics, ranks_of, read_predictions, summarise, too_long
 from utils import UserError, run_main, write_json
 
@@ -23,11 +23,9 @@ DEFAULT_METRICS = "hit@1,hit@5,hit@10,ndcg@5,ndcg@10"
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--predictions", required=True, metavar="F", help="a *.predictions.jsonl of test.py")
-    parser.add_argument(
-        "--metrics", default=DEFAULT_METRICS, help="comma list of hit@k, ndcg@k, mrr@k (default: %(default)s)"
-    )
+    parser.add_argument("--metrics", default=DEFAULT_METRICS, help="comma list of hit@k, ndcg@k, mrr@k")
     parser.add_argument("--results_file", metavar="F", help="also write the results there as JSON; must not exist yet")
     args = parser.parse_args(argv)
     if args.results_file and Path(args.results_file).exists():

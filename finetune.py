@@ -32,12 +32,13 @@ import torch
 from arguments import add_data, add_global, add_train, comma_list, make_parser, parse_tasks
 from collator import TrainCollator
 from data import RecData, load_data
+from deepspeed_settings import complete_deepspeed, read_deepspeed, zero_stage
 from processes import barrier, join_for_training, on_main
 from prompt_style import PromptStyle
 from run_folder import FINAL, LOG, PREPARED, RECORD, TENSORBOARD, RunFolder, RunRecord, model_fingerprint
 from samples import TaskValidSet, TrainSet, ValidSet
 from tasks import TASKS
-from utils import UserError, checkpoints, is_main, read_json, run_main, say, set_seed, sha256, versions, world_size
+from utils import UserError, checkpoints, is_main, regular_file, run_main, say, set_seed, sha256, versions, world_size
 
 OWN_TENSORBOARD_DIR = "TENSORBOARD_LOGGING_DIR" in os.environ  # else each run of this process gets its own below
 
@@ -76,28 +77,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             raise UserError(f"--{flag} {getattr(args, flag)}: unknown; known: {', '.join(known)}")
     if args.deepspeed.lower() == "none":
         args.deepspeed = None
-    elif not Path(args.deepspeed).is_file():
-        raise UserError(f"--deepspeed {args.deepspeed}: no such file (none: plain DDP)")
-    if args.init_item_tokens and not Path(args.init_item_tokens).is_file():
-        raise UserError(f"--init_item_tokens {args.init_item_tokens}: no such file")
+    stage = zero_stage(read_deepspeed(args))
+    for flag in ("init_item_tokens", "prompt_file"):
+        if getattr(args, flag):
+            try:
+                regular_file(getattr(args, flag))
+            except UserError as error:
+                raise UserError(f"--{flag} {error}") from None
     if args.select_by != "loss" and not args.eval_ranking:
         raise UserError(f"--select_by {args.select_by} needs --eval_ranking N")
     if args.train_new_rows_only and not args.lora:
         raise UserError("--train_new_rows_only freezes the other weights: add --lora")
     if (args.load_in_4bit or args.load_in_8bit) and not args.lora:
         raise UserError("--load_in_4bit and --load_in_8bit freeze the base weights: add --lora")
-    if (args.load_in_4bit or args.load_in_8bit) and zero_stage(args.deepspeed) == 3:
+    if (args.load_in_4bit or args.load_in_8bit) and stage == 3:
         raise UserError(
             f"--deepspeed {args.deepspeed}: ZeRO-3 cannot part quantised weights; use --deepspeed none or a ds_z2 file"
         )
     return args
-
-
-def zero_stage(deepspeed: str | None) -> int:
-    """The ZeRO stage of a DeepSpeed configuration; 0 without one."""
-    config = read_json(deepspeed) if deepspeed else {}
-    zero = config.get("zero_optimization") if isinstance(config, dict) else None
-    return zero.get("stage", 0) if isinstance(zero, dict) else 0
 
 
 def training_tasks(args: argparse.Namespace) -> list[tuple[str, int, int]]:
@@ -120,30 +117,6 @@ def load_datasets(args: argparse.Namespace, style: PromptStyle) -> tuple[RecData
         prompt_id=None if args.sample_valid else args.valid_prompt_id,
     )
     return data, train, valid
-
-
-def deepspeed_config(args: argparse.Namespace) -> dict[str, Any] | None:
-    """The DeepSpeed configuration, its `auto` buckets and thresholds never below what a small model needs.
-
-    transformers derives them from the hidden size alone, so that a model of 128 dimensions would talk in crumbs of 16,384
-    numbers. From about 3,000 dimensions on these are transformers' own values.
-    """
-    if not args.deepspeed:
-        return None
-    config = read_json(args.deepspeed)
-    if not isinstance(config, dict):
-        raise UserError(f"{args.deepspeed}: must be an object")
-    from transformers import AutoConfig
-
-    prepared = AutoConfig.from_pretrained(Path(args.output_dir) / PREPARED).get_text_config()
-    square, zero = prepared.hidden_size**2, config.get("zero_optimization", {})
-    values = {
-        "reduce_bucket_size": max(square, 10**7),
-        "stage3_prefetch_bucket_size": max(int(0.9 * square), 10**7),
-        "stage3_param_persistence_threshold": max(10 * prepared.hidden_size, 10**5),
-    }
-    zero.update({key: value for key, value in values.items() if zero.get(key) == "auto"})
-    return config
 
 
 def training_arguments(args: argparse.Namespace) -> Any:
@@ -169,7 +142,7 @@ def training_arguments(args: argparse.Namespace) -> Any:
         fp16=args.fp16,
         bf16=args.bf16,
         use_cpu=not torch.cuda.is_available(),
-        deepspeed=deepspeed_config(args),
+        deepspeed=complete_deepspeed(read_deepspeed(args), Path(args.output_dir) / PREPARED),
         activation_checkpointing=args.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
         logging_steps=args.logging_step,

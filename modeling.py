@@ -7,7 +7,6 @@ every process then loads its part.
 from __future__ import annotations
 
 import contextlib
-import pickle
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,49 +14,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AddedToken, PreTrainedModel
 
-from collator import adds_bos
 from convert.hub import local_or_hub
 from data import RecData
+from reading import adapter_weights, fill_adapter, load_model, load_tokenizer, merge_adapter, read_array
 from trie import ItemTrie
-from utils import UserError, is_main
+from utils import UserError, first_line, is_main
 
-# what checkpoints of older libraries store besides their weights
-BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 # ---- tokenizer ----
-
-
-def load_tokenizer(path: str | Path, model_max_length: int = 2048) -> Any:
-    """The tokenizer of a folder or hub id, with a pad token, and with BOS where a LLaMA tokenizer does not say otherwise.
-
-    LLaMA pads with its unknown token (id 0); a tokenizer whose unknown token has another id pads with EOS.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, model_max_length=model_max_length, padding_side="right", trust_remote_code=False
-        )
-    except MemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001  (a tokenizer's files can be wrong in any way)
-        raise UserError(f"{path}: no tokenizer can be loaded ({first_line(error)})") from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{path}: the tokenizer has no end-of-sequence token")
-    if tokenizer.pad_token_id is None:
-        unknown_is_zero = tokenizer.unk_token is not None and tokenizer.unk_token_id == 0
-        tokenizer.pad_token = tokenizer.unk_token if unknown_is_zero else tokenizer.eos_token
-    if getattr(
-        tokenizer, "legacy", False
-    ):  # transformers obeys it but does not save it: the saved one would cut otherwise
-        tokenizer.init_kwargs["legacy"] = True
-    # A bare tokenizer.model says nothing of BOS and transformers then adds none; LLaMA 1 and 2 were trained with it.
-    told = (Path(path) / "tokenizer_config.json").exists() or (Path(path) / "tokenizer.json").exists()
-    if Path(path).is_dir() and not told and not adds_bos(tokenizer):
-        tokenizer.add_bos_token = True
-    return tokenizer
 
 
 def add_item_tokens(tokenizer: Any, tokens: list[str]) -> list[int]:
@@ -97,36 +65,7 @@ def item_trie(tokenizer: Any, data: RecData, no_eos: bool = False) -> ItemTrie:
         raise UserError(f"{data.files.get('index', data.name)}: {error}{' (--no_eos)' if no_eos else ''}") from error
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text that says something."""
-    if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to load it all the same
-        return "a .bin file of it carries code, which was not run"
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 # ---- models ----
-
-
-def load_model(path: str | Path, dtype: torch.dtype | None = None, **more: Any) -> PreTrainedModel:
-    """A causal LM of a folder or hub id in `dtype` (default: the checkpoint's); no code of the checkpoint is run.
-
-    Raises:
-        UserError: there is no model that loads, or its weights are not those of its configuration.
-    """
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True, **more
-        )
-    except MemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001  (configurations and weight files can be wrong in any way)
-        raise UserError(f"{path}: no model can be loaded ({first_line(error)})") from error
-    missing, extra = sorted(report["missing_keys"]), sorted(set(map(str, report["unexpected_keys"])))
-    extra = [name for name in extra if not name.endswith(BUFFERS)]
-    if missing or extra:
-        what = f"lack {missing[0]}" if missing else f"have {extra[0]}, which the model has not"
-        raise UserError(f"{path}: the weights do not fit config.json: they {what} ({len(missing + extra)} such names)")
-    return model
 
 
 def rows_from_embeddings(path: Path, data: RecData, tokens: list[str], width: int) -> torch.Tensor:
@@ -145,10 +84,9 @@ def rows_from_embeddings(path: Path, data: RecData, tokens: list[str], width: in
         UserError: the file is no finite array with a row for each item.
     """
     try:
-        with open(path, "rb") as file:  # an array alone: not the archive that np.load takes too
-            vectors = np.lib.format.read_array(file, allow_pickle=False).astype(np.float32)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--init_item_tokens {path}: no array can be loaded ({first_line(error)})") from error
+        vectors = read_array(path)
+    except UserError as error:
+        raise UserError(f"--init_item_tokens {error}") from None
     if vectors.ndim != 2 or len(vectors) != len(data.titles) or not np.isfinite(vectors).all():
         raise UserError(
             f"--init_item_tokens {path}: shape {vectors.shape}; needed: a row of finite numbers for each of "
@@ -288,23 +226,11 @@ def load_adapter(model: Any, path: str | Path) -> None:
     Raises:
         UserError: there is no adapter, or it has other parts or shapes.
     """
-    from peft import load_peft_weights, set_peft_model_state_dict
-
-    try:
-        weights = load_peft_weights(str(path), device="cpu")
-    except (OSError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: no adapter can be loaded ({first_line(error)})") from error
+    weights = adapter_weights(path)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with _gathered(*trained, writes=True):
         if is_main() or not any(hasattr(parameter, "ds_id") for parameter in trained):
-            try:
-                result = set_peft_model_state_dict(model, weights)
-            except RuntimeError as error:
-                raise UserError(f"{path}: the adapter does not fit ({first_line(error)})") from error
-            if result.unexpected_keys:
-                raise UserError(
-                    f"{path}: the adapter has {result.unexpected_keys[0]}, this run's has not; check --lora_*"
-                )
+            fill_adapter(model, weights, path)
 
 
 def parameter_report(model: Any, n_new: int) -> str:
@@ -395,16 +321,10 @@ def load_for_test(
     if not lora:
         return load_model(ckpt_path, dtype).to(device).eval(), tokenizer
 
-    from peft import PeftModel
-
     model = load_model(local_or_hub(base_model, "--base_model"), dtype)
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    try:
-        model = PeftModel.from_pretrained(model, ckpt_path).merge_and_unload()
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{ckpt_path}: the adapter cannot be loaded ({first_line(error)})") from error
-    return model.to(device).eval(), tokenizer
+    return merge_adapter(model, ckpt_path).to(device).eval(), tokenizer
 
 
 def full_state(model: Any, only_trained: bool = False) -> dict[str, torch.Tensor] | None:

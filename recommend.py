@@ -98,9 +98,10 @@ class Recommender:
         """
         last = len(self.data.titles) - 1
         if isinstance(name, int) or name.strip().isdecimal():
-            if isinstance(name, bool) or not 0 <= int(name) <= last:
-                raise UserError(f"item {name} is unknown; the items of {self.data.name} are 0 to {last}")
-            return int(name)
+            digits = str(name).strip()
+            if isinstance(name, bool) or len(digits) > 12 or not 0 <= int(digits) <= last:
+                raise UserError(f"item {digits[:40]} is unknown; the items of {self.data.name} are 0 to {last}")
+            return int(digits)
         wanted = clean_title(name).lower()
         if wanted in self._by_title:
             return self._by_title[wanted]
@@ -110,7 +111,7 @@ class Recommender:
             f"{self.data.titles[self._by_title[title]]!r} ({self._by_title[title]})"
             for title in list(dict.fromkeys(within + near))[:3]
         )
-        raise UserError(f"no item has the title {name!r}; the nearest: {shown}")
+        raise UserError(f"no item has the title {name[:80]!r}; the nearest: {shown}")
 
     def request(self, content: dict[str, Any], top_k: int = 10, exclude_history: bool = False) -> Request:
         """A request from the object that a line of `--requests` holds.

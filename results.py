@@ -208,9 +208,10 @@ class Store:
         token = os.urandom(8).hex()
         try:
             write_json(made, self.config)
-            (self.partial / "token").write_text(token)
-        except OSError as error:
-            raise UserError(f"--results_file {self.results}: cannot be written ({error.strerror})") from None
+            with atomic_path(self.partial / "token") as path:
+                path.write_text(token)
+        except UserError as error:
+            raise UserError(f"--results_file {error}") from None
         return token
 
     def _check_own(self, there: list[Path]) -> None:
@@ -294,8 +295,8 @@ class Store:
             with atomic_path(self.predictions) as path, open(path, "w", encoding="utf-8") as file:
                 file.writelines(lines[key] for key in self.expected.targets)
             write_json(self.results, results)
-        except OSError as error:
-            raise UserError(f"{self.results}: cannot be written ({error.strerror}); the same command goes on") from None
+        except UserError as error:
+            raise UserError(f"{error}; the same command goes on") from None
         return results
 
     def _remove_partial(self) -> None:

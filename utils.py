@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import pickle
 import platform
 import random
 import re
@@ -49,6 +50,15 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text that says something."""
+    if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to load it all the same
+        return "a .bin file of it carries code, which was not run"
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own, which is not run"
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:400]
 
 
 # ---- distributed facts: the global rank, as torchrun sets it (the local rank only picks a GPU) ----
@@ -163,13 +173,18 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it takes `path`'s place when the block ends well, else it is removed.
 
     Folders on the way are made. A reader never sees half a file, and a crash leaves the old one.
+
+    Raises:
+        UserError: the disk is full, the place is read-only, a file is where a folder should be, and the like.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    path, temporary = Path(path), None
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: cannot be written (it is not a regular file)")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=path.suffix[:20])
+        os.close(handle)
+        temporary = Path(name)
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
@@ -177,8 +192,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.filename not in (None, str(temporary), str(path)) and temporary is not None:
+            raise  # of another file than this one
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, content: Any, indent: int | None = 2) -> None:

@@ -1,0 +1,85 @@
+"""A table of abuses: whatever is wrong with a file or a flag is one line with its name, and nothing is written or removed.
+
+The rows are in `abuse_rows.py`, the world that they break in `abuse_world.py`.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import stat
+from pathlib import Path
+
+import pytest
+from abuse_rows import ASKING, DATA, FLAGS, PLACES
+from abuse_rows_models import ADAPTERS, ARRAYS, DEEPSPEED, MODELS, RESULT, RUNS
+from abuse_world import COMMANDS, Abuse, make_abuse_world
+
+from utils import UserError
+
+ROWS = [*DATA, *ASKING, *FLAGS, *PLACES, *MODELS, *ADAPTERS, *ARRAYS, *DEEPSPEED, *RUNS, *RESULT]
+SECONDS = 60  # what takes longer hangs
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    return make_abuse_world(tmp_path_factory.mktemp("abuse"))
+
+
+@pytest.fixture
+def clock():
+    """Ends a command that waits for ever."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"no end after {SECONDS} seconds")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def contents(folder: Path) -> dict[str, bytes | int]:
+    """Every path below `folder` with its bytes, or its kind where it is no regular file."""
+    found: dict[str, bytes | int] = {}
+    for path in sorted(folder.rglob("*")):
+        mode = path.lstat().st_mode
+        found[str(path.relative_to(folder))] = path.read_bytes() if stat.S_ISREG(mode) else stat.S_IFMT(mode)
+    return found
+
+
+def run(abuse: Abuse, world: Path) -> str | None:
+    """What the command says of a mistake; None if it finds none."""
+    main, own = COMMANDS[abuse.command]
+    try:
+        main([*own(world), *(flag.replace("{w}", str(world)) for flag in abuse.flags)])
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("abuse", ROWS, ids=str)
+def test_it_is_one_line_and_nothing_is_lost(world, tmp_path, clock, abuse):
+    copy = tmp_path / "w"
+    shutil.copytree(world, copy, symlinks=True)
+    if abuse.broken:
+        abuse.broken(copy)
+    before = contents(copy)
+    said = run(abuse, copy)
+    if abuse.told is None:
+        assert said is None
+        return
+    assert said is not None, "nothing was said"
+    assert re.search(abuse.told, said), said
+    assert "\n" not in said and len(said) < 1000
+    said.encode()  # can be printed
+    after = contents(copy)
+    assert {path for path in before if before[path] != after.get(path)} == set()
+    assert after.keys() - before.keys() == set()
+
+
+def test_the_table_is_long_and_no_row_is_there_twice():
+    assert len(ROWS) >= 150
+    assert len(set(map(str, ROWS))) == len(ROWS)
