@@ -13,7 +13,7 @@ import numpy as np
 
 from utils import UserError, read_json, say
 
-ITEM_TOKEN = re.compile(r"<[a-z]+_\d+>")
+ITEM_TOKEN = re.compile(r"<[a-z]+_[0-9]+>")
 TITLE_EDGES = " \t\r\n.!?,;:`"
 USER_PARTS = ("preference", "train", "test")  # of `<D>.user.json`: preferences, and the intentions of two splits
 
@@ -109,6 +109,8 @@ def load_data(
     Raises:
         UserError: a file is missing or broken; the message says file, key and reason.
     """
+    if not dataset or Path(dataset).name != dataset:
+        raise UserError(f"--dataset {dataset!r}: is not the name of a folder in --data_path")
     folder = Path(data_path) / dataset
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder (--data_path and --dataset)")
@@ -169,7 +171,9 @@ def check_index(path: Path, content: Any, n_items: int) -> list[tuple[str, ...]]
             raise UserError(f"{path}: item {str(number)!r} must have a list of tokens")
         for token in tokens:
             if not isinstance(token, str) or not ITEM_TOKEN.fullmatch(token):
-                raise UserError(f"{path}: item {str(number)!r} has {token!r}, which is not a token such as <a_12>")
+                raise UserError(
+                    f"{path}: item {str(number)!r} has {str(token)[:40]!r}, which is not a token such as <a_12>"
+                )
         indices.append(tuple(tokens))
     if len(content) != n_items:
         extra = next(iter(content.keys() - {str(number) for number in range(n_items)}))
@@ -182,7 +186,8 @@ def _check_item_ids(where: str, items: Any, n_items: int) -> list[int]:
         raise UserError(f"{where} must be a list of items")
     for item in items:
         if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item < n_items:
-            raise UserError(f"{where}: {item!r} is not an item; items are whole numbers from 0 to {n_items - 1}")
+            said = str(item) if isinstance(item, int) else repr(item)
+            raise UserError(f"{where}: {said[:40]} is not an item; items are whole numbers from 0 to {n_items - 1}")
     return items
 
 

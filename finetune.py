@@ -38,7 +38,19 @@ from prompt_style import PromptStyle
 from run_folder import FINAL, LOG, PREPARED, RECORD, TENSORBOARD, RunFolder, RunRecord, model_fingerprint
 from samples import TaskValidSet, TrainSet, ValidSet
 from tasks import TASKS
-from utils import UserError, checkpoints, is_main, regular_file, run_main, say, set_seed, sha256, versions, world_size
+from utils import (
+    UserError,
+    checkpoints,
+    first_line,
+    is_main,
+    regular_file,
+    run_main,
+    say,
+    set_seed,
+    sha256,
+    versions,
+    world_size,
+)
 
 OWN_TENSORBOARD_DIR = "TENSORBOARD_LOGGING_DIR" in os.environ  # else each run of this process gets its own below
 
@@ -75,6 +87,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         known = [choice.value for choice in choices]
         if getattr(args, flag) not in known:
             raise UserError(f"--{flag} {getattr(args, flag)}: unknown; known: {', '.join(known)}")
+    check_trackers(args.report_to)
     if args.deepspeed.lower() == "none":
         args.deepspeed = None
     stage = zero_stage(read_deepspeed(args))
@@ -95,6 +108,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             f"--deepspeed {args.deepspeed}: ZeRO-3 cannot part quantised weights; use --deepspeed none or a ds_z2 file"
         )
     return args
+
+
+def check_trackers(report_to: str) -> None:
+    """Refuse a tracker that is unknown or not installed. Raises UserError."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    names = comma_list(report_to)
+    for name in names if names not in (["none"], ["all"]) else []:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise UserError(f"--report_to {name}: unknown; known: {', '.join(INTEGRATION_TO_CALLBACK)}, or none")
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (ImportError, RuntimeError) as error:
+            raise UserError(f"--report_to {name}: {first_line(error)}") from None
+
+
+def check_optimizer(training: Any, model: Any) -> None:
+    """Refuse an optimiser that is not installed or needs more than its name. Raises UserError."""
+    from transformers import Trainer
+
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(training, model)
+    except Exception as error:  # noqa: BLE001  (every optimiser has errors of its own)
+        raise UserError(f"--optim {training.optim}: {first_line(error)}") from None
 
 
 def training_tasks(args: argparse.Namespace) -> list[tuple[str, int, int]]:
@@ -296,6 +333,7 @@ def prepare(args: argparse.Namespace, trainer_of: Callable[[Run], Any] | None = 
     checkpoint, adapter = on_main(lambda: begin(args, folder, facts, data))
     training = training_arguments(args)
     model, tokenizer = load_trainable(args, folder / PREPARED, training, data.item_tokens, adapter)
+    check_optimizer(training, model)
     say(parameter_report(model, len(data.item_tokens)))
     sample = train_set[0]
     say(f"first sample: {json.dumps(sample['prompt'] + sample['response'], ensure_ascii=False)[:600]}")

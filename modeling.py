@@ -7,6 +7,7 @@ every process then loads its part.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import AddedToken, PreTrainedModel
 
 from convert.hub import local_or_hub
 from data import RecData
-from reading import adapter_weights, fill_adapter, load_model, load_tokenizer, merge_adapter, read_array
+from reading import ADAPTER, adapter_weights, fill_adapter, load_model, load_tokenizer, merge_adapter, read_array
 from trie import ItemTrie
 from utils import UserError, first_line, is_main
 
@@ -87,7 +88,12 @@ def rows_from_embeddings(path: Path, data: RecData, tokens: list[str], width: in
         vectors = read_array(path)
     except UserError as error:
         raise UserError(f"--init_item_tokens {error}") from None
-    if vectors.ndim != 2 or len(vectors) != len(data.titles) or not np.isfinite(vectors).all():
+    if (
+        vectors.ndim != 2
+        or vectors.shape[0] != len(data.titles)
+        or not vectors.shape[1]
+        or not np.isfinite(vectors).all()
+    ):
         raise UserError(
             f"--init_item_tokens {path}: shape {vectors.shape}; needed: a row of finite numbers for each of "
             f"the {len(data.titles)} items"
@@ -191,6 +197,9 @@ def attach_lora(model: PreTrainedModel, shape: LoraShape, zero3_bf16: bool = Fal
     """`model` with a LoRA adapter (bias none)."""
     from peft import LoraConfig, TaskType, get_peft_model
 
+    parts = {part for name, _ in model.named_modules() for part in name.split(".")}
+    if unknown := [name for name in shape.modules_to_save if name.split(".")[-1] not in parts]:
+        raise UserError(f"--lora_modules_to_save {unknown[0]}: the model has no such module")
     tied = model.config.get_text_config().tie_word_embeddings
     new_rows = shape.new_rows
     whole = list(shape.modules_to_save) if new_rows is None else []
@@ -287,13 +296,9 @@ def find_checkpoint(ckpt_path: str, lora: bool = False) -> str:
         ckpt_path = download(ckpt_path)
     if not any(Path(ckpt_path).glob("*config.json")):
         raise UserError(f"{ckpt_path}: holds no model (no config.json)")
-    if (
-        not lora
-        and (Path(ckpt_path) / "adapter_config.json").is_file()
-        and not (Path(ckpt_path) / "config.json").is_file()
-    ):
+    if not lora and os.path.lexists(Path(ckpt_path) / ADAPTER) and not (Path(ckpt_path) / "config.json").is_file():
         raise UserError(f"{ckpt_path}: is a LoRA adapter; add --lora and --base_model")
-    if lora and not (Path(ckpt_path) / "adapter_config.json").is_file():
+    if lora and not os.path.lexists(Path(ckpt_path) / ADAPTER):
         raise UserError(f"{ckpt_path}: holds no LoRA adapter (no adapter_config.json); leave --lora out")
     return ckpt_path
 

@@ -19,7 +19,7 @@ from utils import UserError, first_line, read_json, regular_file
 
 # what checkpoints of older libraries store besides their weights
 BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
-SETTINGS = ("*config.json", "special_tokens_map.json", "added_tokens.json", "*.index.json")
+SETTINGS = ("*config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json", "*.index.json")
 READ = ("*.json", "*.safetensors", "*.bin", "*.model", "*.gguf", "*.txt", "*.jinja")
 ADAPTER = "adapter_config.json"
 
@@ -76,6 +76,8 @@ def load_config(path: str | Path) -> Any:
         UserError: there is none that loads, or the weights have fewer tensors than it has layers.
     """
     check_model_folder(path)
+    if Path(path).is_dir():
+        regular_file(Path(path) / "config.json")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         layers = config.get_text_config().num_hidden_layers

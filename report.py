@@ -13,6 +13,7 @@ users by history and target, learning curves, the index), examples and all setti
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from evaluate import check_metrics, too_long
 from metrics.ranking import METRICS, parse
 from report_page import MARK, page
 from scored_runs import read_run
-from utils import UserError, atomic_path, run_main, say
+from utils import UserError, atomic_path, regular_file, run_main, say
 
 METRIC_NAMES = "hit@1,hit@5,hit@10,ndcg@5,ndcg@10"
 RESAMPLES = 2000
@@ -119,11 +120,11 @@ def labels(paths: list[Path]) -> list[str]:
     Raises:
         UserError: a file is named twice.
     """
-    if len({path.resolve() for path in paths}) < len(paths):
+    if len({Path(os.path.realpath(path)) for path in paths}) < len(paths):
         raise UserError("--results_file names a file twice")
     if len(paths) == 1:
         return ["LC-Rec"]
-    whole = [path.resolve() for path in paths]
+    whole = [Path(os.path.realpath(path)) for path in paths]
     for name in (lambda path: path.parent.name, lambda path: f"{path.parent.name}/{path.stem}", str):
         found = [name(path) for path in whole]
         if len(set(found)) == len(found):
@@ -179,7 +180,7 @@ def page_file(table_file: Path) -> Path:
     if table_file.suffix != ".md":
         raise UserError(f"--table_file {table_file}: the name must end in .md")
     path = table_file.with_name(table_file.name.removesuffix(".md").removesuffix(".table") + ".html")
-    if path.exists() and MARK.encode() not in path.read_bytes()[:4096]:
+    if os.path.lexists(path) and MARK.encode() not in regular_file(path).read_bytes()[:4096]:
         raise UserError(f"{path}: exists and is no page of this script; choose another --table_file")
     return path
 

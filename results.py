@@ -33,6 +33,8 @@ from utils import (
     write_json,
 )
 
+ANEW = "anew.json"  # in the partial folder: the earlier predictions are to be replaced (--restart)
+
 # ---- metrics of ranked lists ----
 
 
@@ -173,6 +175,7 @@ class Store:
         self.partial = self.results.with_name(f"{self.results.stem}.partial")
         self.expected, self.config, self.identity = expected, json.loads(json.dumps(config)), identity
         self.file: Any = None
+        self.own_folder = False  # whether this run made the results' folder
 
     def open(self, restart: bool) -> set[tuple[int, int]]:
         """Find out what an earlier run left, and be ready to append; the keys (prompt, sample) that are missing.
@@ -192,12 +195,10 @@ class Store:
         return missing
 
     def _prepare(self, restart: bool) -> str:
-        there = [path for path in (self.results, self.predictions) if path.exists()]
+        there = [path for path in (self.results, self.predictions) if os.path.lexists(path)]
         self._check_own(there)
         if restart:
             self._remove_partial()
-            for path in there:
-                path.unlink()
         made = self.partial / "config.json"
         if made.is_file():
             self._compare(made, read_json(made))
@@ -205,8 +206,10 @@ class Store:
             if len(there) == 1:
                 raise UserError(f"{there[0]} exists; name another --results_file, or replace it with --restart")
             self._compare(self.results, read_results(self.results)["config"])
-        token = os.urandom(8).hex()
+        token, self.own_folder = os.urandom(8).hex(), not self.results.parent.exists()
         try:
+            if restart:  # what is there stays until the new results take its place, and is not gone on from
+                write_json(self.partial / ANEW, True)
             write_json(made, self.config)
             with atomic_path(self.partial / "token") as path:
                 path.write_text(token)
@@ -242,7 +245,8 @@ class Store:
     def _lines(self) -> dict[tuple[int, int], str]:
         """The lines of this test in all files that are there, by (prompt, sample); of repeated ones the first."""
         lines: dict[tuple[int, int], str] = {}
-        for path in [self.predictions, *sorted(self.partial.glob("part-*.jsonl"))]:
+        whole = [] if (self.partial / ANEW).exists() else [self.predictions]
+        for path in [*whole, *sorted(self.partial.glob("part-*.jsonl"))]:
             if path.is_file():
                 with open(path, "rb") as file:
                     for line in file:
@@ -270,6 +274,13 @@ class Store:
             self.file.write(lines.encode())
         except OSError as error:
             raise UserError(f"{self.partial}: cannot be written ({error.strerror}); the same command goes on") from None
+
+    def give_up(self) -> None:
+        """After a failure: what holds no prediction goes."""
+        if is_main() and not any(self.partial.glob("part-*.jsonl")):
+            self._remove_partial()
+            if self.own_folder:
+                self.results.parent.rmdir()
 
     def close(self, metrics: str, prompt_ids: str) -> dict[str, Any]:
         """Put the parts together and write predictions and results; the results on the main process, elsewhere {}."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -21,13 +22,28 @@ from typing import Any
 
 import numpy as np
 
+SURROUNDINGS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.EMFILE,
+)
+SURROUNDINGS += (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
+
 
 class UserError(Exception):
     """A mistake of the user's (a path, a flag, a file): one sentence that says what, where and what to do."""
 
 
 def run_main(main: Callable[[], Any]) -> None:
-    """Run a script's `main` and end the process: a `UserError` is one line and status 2, a bug a traceback."""
+    """Run a script's `main` and end the process: a `UserError` is one line and status 2, a bug a traceback.
+
+    So is what no script can help: a full disk, a place that is read-only, a name that is too long.
+    """
     try:
         main()
     except UserError as error:
@@ -35,12 +51,18 @@ def run_main(main: Callable[[], Any]) -> None:
             time.sleep(3)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in SURROUNDINGS:
+            if isinstance(error, BrokenPipeError):  # `script | head`: the reader has what it wanted
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                sys.exit(141)
+            raise
+        where = f"{str(error.filename)[:300]}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}", file=sys.stderr, flush=True)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
-    except BrokenPipeError:  # `script | head`: the reader has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
 
 
 def set_seed(seed: int) -> None:

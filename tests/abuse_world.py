@@ -274,7 +274,7 @@ JSON_BREAKS: dict[str, tuple[Callable[[str], Break], str]] = {
     "cut": (cut, "broken JSON"),
     "nested 200,000 deep": (lambda path: write(path, b"[" * 200_000), "nested too deep"),
     "a number of 5,000 digits": (lambda path: write(path, b'{"0": ' + b"9" * 5000 + b"}"), "thousands of digits"),
-    "a list": (lambda path: write(path, b"[]"), "object"),
+    "a list": (lambda path: write(path, b"[]"), "object|is no"),
     "not UTF-8": (lambda path: write(path, b'{"\xff": 1}'), "not UTF-8"),
     "UTF-16": (lambda path: write(path, '{"0": 1}'.encode("utf-16")), "not UTF-8"),
     "half a character": (lambda path: write(path, rb'{"0": "\ud800"}'), "not valid Unicode"),
