@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,9 @@ from utils import UserError, atomic_path, regular_file, run_main, say
 
 METRIC_NAMES = "hit@1,hit@5,hit@10,ndcg@5,ndcg@10"
 RESAMPLES = 2000
+UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]"
+)  # what HTML and terminals forbid
 
 
 def values(ranks: np.ndarray, names: str) -> dict[str, np.ndarray]:
@@ -167,8 +171,8 @@ def main(argv: list[str] | None = None) -> None:
     written = {target: text, html: page(data, runs, popular, found, note)}
     for path, content in written.items():
         with atomic_path(path) as temporary:
-            temporary.write_bytes(content.encode("utf-8", "replace"))
-    say(f"{text}{target}: this table\n{html}: the same with figures and examples")
+            temporary.write_bytes(UNPRINTABLE.sub("\ufffd", content).encode("utf-8", "replace"))
+    say(f"{UNPRINTABLE.sub(' ', text)}{target}: this table\n{html}: the same with figures and examples")
 
 
 def page_file(table_file: Path) -> Path:
