@@ -246,10 +246,11 @@ def read_array(path: str | Path) -> np.ndarray:
     Raises:
         UserError: it is no such file.
     """
+    regular_file(path)
     try:  # mapped: the size that the header names is compared with the file's before memory is asked for
-        array = np.lib.format.open_memmap(regular_file(path), mode="r")
+        array = np.lib.format.open_memmap(path, mode="r")
         if array.dtype.kind not in "fiu":
             raise ValueError(f"it holds {array.dtype} instead of real numbers")
         return np.array(array, dtype=np.float32)
-    except (OSError, ValueError, EOFError, OverflowError) as error:
+    except Exception as error:  # noqa: BLE001  (numpy lets errors of Python's own tokenizer through)
         raise UserError(f"{path}: no array can be loaded ({first_line(error)})") from None

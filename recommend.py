@@ -293,10 +293,14 @@ def understand(recommender: Recommender, line: bytes, args: argparse.Namespace) 
     """The request in a line, or the answer to a line that holds none."""
     content = None
     try:
-        content = parse_json(line)
+        read = parse_json(line)
+        json.dumps([[[[read]]]], allow_nan=False)  # what can be read and not be written, such as NaN, has no answer
+        content = read
         request = recommender.request(content, args.top_k, args.exclude_history)
         recommender.check(request)
         return request
+    except RecursionError:
+        return {"error": "nested too deep"}
     except (ValueError, UserError) as error:
         told = {"id": content["id"]} if isinstance(content, dict) and "id" in content else {}
         return {**told, "error": str(error)}
