@@ -12,6 +12,7 @@ users by history and target, learning curves, the index), examples and all setti
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
@@ -169,8 +170,9 @@ def main(argv: list[str] | None = None) -> None:
             note += f" {run.label} has {run.ranks.shape[1]:,} of the users, the references have all."
     text = f"{markdown(found)}\n\n{note}\n"
     written = {target: text, html: page(data, runs, popular, found, note)}
-    for path, content in written.items():
-        with atomic_path(path) as temporary:
+    with contextlib.ExitStack() as both:  # both or none
+        for path, content in written.items():
+            temporary = both.enter_context(atomic_path(path))
             temporary.write_bytes(UNPRINTABLE.sub("\ufffd", content).encode("utf-8", "replace"))
     say(f"{UNPRINTABLE.sub(' ', text)}{target}: this table\n{html}: the same with figures and examples")
 

@@ -200,6 +200,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         UserError: the disk is full, the place is read-only, a file is where a folder should be, and the like.
     """
     path, temporary = Path(path), None
+    made = missing_folders(path.parent)
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: cannot be written (it is not a regular file)")
@@ -214,6 +215,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+        made = []
     except OSError as error:
         if error.filename not in (None, str(temporary), str(path)) and temporary is not None:
             raise  # of another file than this one
@@ -221,6 +223,14 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another process has put something there
+            for folder in made:
+                folder.rmdir()
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """`folder` and those above it that are not there, the deepest first."""
+    return [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
 
 
 def write_json(path: str | Path, content: Any, indent: int | None = 2) -> None:

@@ -288,6 +288,24 @@ PLACES = [
         write("new/r.json", b"my thesis"),
         ("--restart",),
     ),
+    *(
+        Abuse(f"no room for more than {room} bytes", command, "cannot be written", None, flags, room)
+        for command, room, flags in (
+            ("test", 0, ()),
+            ("test", 200, ()),
+            ("test", 5000, ("--results_file", "{w}/deep/new/r.json", "--his_sep", "x" * 6000)),
+            ("report", 0, ()),
+            ("report", 2000, ()),
+            ("evaluate", 100, ("--results_file", "{w}/new/e.json")),
+        )
+    ),
+    Abuse(
+        "a partial folder of others",
+        "test",
+        r"r\.partial/thesis\.md",
+        write("new/r.partial/thesis.md", b"x"),
+        ("--restart",),
+    ),
     Abuse("a folder for the page", "report", r"r\.html", folder("results/r.html")),
     Abuse("a page of others", "report", r"r\.html: exists and is no page", write("results/r.html", b"<html>")),
     Abuse("a pipe for the page", "report", r"r\.html", pipe("results/r.html")),

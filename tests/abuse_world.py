@@ -100,6 +100,7 @@ class Abuse:
         told: a regular expression that the one line must have; None: it must work all the same.
         broken: breaks a copy of the world; None: the flags are the abuse.
         flags: after the command's own; `{w}` is the world's folder.
+        room: no file may get longer, as on a disk that is full.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Abuse:
     told: str | None
     broken: Break | None = None
     flags: tuple[str, ...] = ()
+    room: int | None = None
 
     def __str__(self) -> str:
         return f"{self.command}: {self.name}"

@@ -6,6 +6,7 @@ The rows are in `abuse_rows.py`, the world that they break in `abuse_world.py`.
 from __future__ import annotations
 
 import re
+import resource
 import shutil
 import signal
 import stat
@@ -54,11 +55,16 @@ def run(abuse: Abuse, world: Path, capsys) -> list[str] | None:
     """The lines that the command says of a mistake, of which it has to end with status 2; None if it finds none."""
     main, own = COMMANDS[abuse.command]
     capsys.readouterr()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
+        if abuse.room is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (abuse.room, limits[1]))
         run_main(lambda: main([*own(world), *(flag.replace("{w}", str(world)) for flag in abuse.flags)]))
     except SystemExit as end:
         assert end.code == 2
         return [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     return None
 
 
