@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from arguments import add_dataset, make_parser
+from arguments import add_dataset, file_name, make_parser, text
 from data import RecData, load_data
 from evaluate import check_metrics, too_long
 from metrics.ranking import METRICS, parse
@@ -140,14 +140,17 @@ def labels(paths: list[Path]) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add_dataset(parser.add_argument_group("data"))
-    parser.add_argument("--results_file", nargs="+", required=True, type=Path, help="results of test.py or test_ddp.py")
     parser.add_argument(
-        "--table_file", type=Path, help="where the table goes (*.md); default: <first stem>.table.md beside it"
+        "--results_file", nargs="+", required=True, type=file_name, help="results of test.py or test_ddp.py"
     )
-    parser.add_argument("--metrics", default=METRIC_NAMES, help="hit@k and ndcg@k, by commas")
+    parser.add_argument(
+        "--table_file", type=file_name, help="where the table goes (*.md); default: <first stem>.table.md beside it"
+    )
+    parser.add_argument("--metrics", type=text, default=METRIC_NAMES, help="hit@k and ndcg@k, by commas")
     args = parser.parse_args(argv)
     check_metrics(args.metrics)
-    target = args.table_file or args.results_file[0].with_name(f"{args.results_file[0].stem}.table.md")
+    results = [Path(path) for path in args.results_file]
+    target = Path(args.table_file) if args.table_file else results[0].with_name(f"{results[0].stem}.table.md")
     html = page_file(target)
     data = load_data(args.data_path, args.dataset, args.index_file)
     popular = {"popularity": popularity_ranks(data, False), "popularity, unseen": popularity_ranks(data, True)}
@@ -155,9 +158,7 @@ def main(argv: list[str] | None = None) -> None:
         "random (expected)": random_expectation(len(data.titles), args.metrics)
     }
     rows |= {name: values(ranks, args.metrics) for name, ranks in popular.items()}
-    runs = [
-        read_run(path, label, data) for path, label in zip(args.results_file, labels(args.results_file), strict=True)
-    ]
+    runs = [read_run(path, label, data) for path, label in zip(results, labels(results), strict=True)]
     for run in runs:
         rows[run.label] = values(run.ranks, args.metrics)
         rows[f"{run.label}, unseen"] = values(run.unseen, args.metrics)
@@ -168,13 +169,13 @@ def main(argv: list[str] | None = None) -> None:
     for run in runs:
         if run.ranks.shape[1] != len(data.inters):
             note += f" {run.label} has {run.ranks.shape[1]:,} of the users, the references have all."
-    text = f"{markdown(found)}\n\n{note}\n"
-    written = {target: text, html: page(data, runs, popular, found, note)}
+    table = f"{markdown(found)}\n\n{note}\n"
+    written = {target: table, html: page(data, runs, popular, found, note)}
     with contextlib.ExitStack() as both:  # both or none
         for path, content in written.items():
             temporary = both.enter_context(atomic_path(path))
             temporary.write_bytes(UNPRINTABLE.sub("\ufffd", content).encode("utf-8", "replace"))
-    say(f"{UNPRINTABLE.sub(' ', text)}{target}: this table\n{html}: the same with figures and examples")
+    say(f"{UNPRINTABLE.sub(' ', table)}{target}: this table\n{html}: the same with figures and examples")
 
 
 def page_file(table_file: Path) -> Path:

@@ -242,6 +242,35 @@ FLAGS = [
     _flag("recommend", "--query", " ", told="query must be a text"),
     _flag("recommend", "--query", "word " * 5000, told="tokens"),
     _flag("recommend", "--format", "xml"),
+    *(
+        _flag(command, flag, "\udcff", told=f"{flag}.*not valid UTF-8")
+        for command, flag in (
+            ("recommend", "--query"),
+            ("recommend", "--history"),
+            ("recommend", "--users"),
+            ("recommend", "--requests"),
+            ("report", "--results_file"),
+            ("report", "--table_file"),
+            ("report", "--metrics"),
+            ("evaluate", "--predictions"),
+            ("evaluate", "--metrics"),
+            ("test", "--ckpt_path"),
+            ("finetune", "--optim"),
+        )
+    ),
+    *(
+        _flag(command, flag, value)
+        for command, flag in (
+            ("test", "--results_file"),
+            ("evaluate", "--results_file"),
+            ("evaluate", "--predictions"),
+            ("report", "--results_file"),
+            ("report", "--table_file"),
+        )
+        for value in ("", "/", ".")
+    ),
+    _flag("finetune", "--output_dir", ""),
+    _flag("finetune", "--base_model", ""),
 ]
 
 PLACES = [
