@@ -32,16 +32,22 @@ import torch
 from arguments import add_data, add_global, add_train, comma_list, make_parser, parse_tasks
 from collator import TrainCollator
 from data import RecData, load_data
-from deepspeed_settings import complete_deepspeed, read_deepspeed, zero_stage
 from processes import barrier, join_for_training, on_main
 from prompt_style import PromptStyle
 from run_folder import FINAL, LOG, PREPARED, RECORD, TENSORBOARD, RunFolder, RunRecord, model_fingerprint
 from samples import TaskValidSet, TrainSet, ValidSet
 from tasks import TASKS
+from training_settings import (
+    check_names,
+    check_optimizer,
+    check_trackers,
+    complete_deepspeed,
+    read_deepspeed,
+    zero_stage,
+)
 from utils import (
     UserError,
     checkpoints,
-    first_line,
     is_main,
     regular_file,
     run_main,
@@ -80,13 +86,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.fp16 and not torch.cuda.is_available():
         raise UserError("--fp16 needs a GPU; use --bf16 or neither on the CPU")
     quiet()
-    from transformers.trainer_utils import SchedulerType
-    from transformers.training_args import OptimizerNames
-
-    for flag, choices in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
-        known = [choice.value for choice in choices]
-        if getattr(args, flag) not in known:
-            raise UserError(f"--{flag} {getattr(args, flag)}: unknown; known: {', '.join(known)}")
+    check_names(args)
     check_trackers(args.report_to)
     if args.deepspeed.lower() == "none":
         args.deepspeed = None
@@ -108,30 +108,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             f"--deepspeed {args.deepspeed}: ZeRO-3 cannot part quantised weights; use --deepspeed none or a ds_z2 file"
         )
     return args
-
-
-def check_trackers(report_to: str) -> None:
-    """Refuse a tracker that is unknown or not installed. Raises UserError."""
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-    names = comma_list(report_to)
-    for name in names if names not in (["none"], ["all"]) else []:
-        if name not in INTEGRATION_TO_CALLBACK:
-            raise UserError(f"--report_to {name}: unknown; known: {', '.join(INTEGRATION_TO_CALLBACK)}, or none")
-        try:
-            INTEGRATION_TO_CALLBACK[name]()
-        except (ImportError, RuntimeError) as error:
-            raise UserError(f"--report_to {name}: {first_line(error)}") from None
-
-
-def check_optimizer(training: Any, model: Any) -> None:
-    """Refuse an optimiser that is not installed or needs more than its name. Raises UserError."""
-    from transformers import Trainer
-
-    try:
-        Trainer.get_optimizer_cls_and_kwargs(training, model)
-    except Exception as error:  # noqa: BLE001  (every optimiser has errors of its own)
-        raise UserError(f"--optim {training.optim}: {first_line(error)}") from None
 
 
 def training_tasks(args: argparse.Namespace) -> list[tuple[str, int, int]]:

@@ -59,7 +59,7 @@ class RunRecord:
         kinds = {"argv": list, "arguments": dict, "processes": int, "base_model": str}
         kinds |= {"samples": dict, "files": dict, "versions": dict, "written": list}
         if not isinstance(content, dict) or any(type(content.get(key)) is not kind for key, kind in kinds.items()):
-            raise UserError(f"{path}: is no record of a run of finetune.py")
+            raise UserError(f"{path}: is no record of a run of finetune.py; put the run's own back, or begin anew")
         if not all(isinstance(file, dict) and {"path", "sha256"} <= file.keys() for file in content["files"].values()):
             raise UserError(f"{path}: 'files' must have path and sha256 of each file")
         return cls(**{key: content[key] for key in kinds})

@@ -36,7 +36,13 @@ SURROUNDINGS += (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
 
 
 class UserError(Exception):
-    """A mistake of the user's (a path, a flag, a file): one sentence that says what, where and what to do."""
+    """A mistake of the user's (a path, a flag, a file): one sentence that says what, where and what to do.
+
+    Keys and names of files may hold anything: control characters become blanks, so that it stays one line.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", message))
 
 
 def run_main(main: Callable[[], Any]) -> None:

@@ -1,6 +1,6 @@
 """A table of abuses: whatever is wrong with a file or a flag is one line with its name, and nothing is written or removed.
 
-The rows are in `abuse_rows.py`, the world that they break in `abuse_world.py`.
+The rows are in `abuse_rows*.py`, the world that they break in `abuse_world.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 from abuse_rows import ASKING, DATA, FLAGS, PLACES
-from abuse_rows_models import ADAPTERS, ARRAYS, DEEPSPEED, MODELS, RESULT, RUNS
+from abuse_rows_models import ADAPTERS, ARRAYS, DEEPSPEED, MODELS, RUNS
+from abuse_rows_results import RESULT
 from abuse_world import COMMANDS, Abuse, make_abuse_world
 
 from utils import run_main

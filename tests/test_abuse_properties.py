@@ -22,7 +22,6 @@ import finetune
 import recommend
 from arguments import ALL
 from data import USER_PARTS, load_data
-from deepspeed_settings import read_deepspeed
 from modeling import grow_vocabulary, load_for_test
 from prompt import load_prompts
 from prompt_style import PromptStyle, saved_items, saved_style
@@ -30,6 +29,7 @@ from reading import adapter_config, load_config, load_model, read_array
 from results import parse_prediction, read_predictions, read_results
 from run_folder import RunRecord, log_history, run_settings
 from tasks import HistoryFormat
+from training_settings import read_deepspeed
 from utils import UserError
 
 EXAMPLES = settings(
@@ -271,6 +271,13 @@ def test_every_line_has_an_answer(recommender, capsys, draw):
     assert len(answers) == len(lines) + 1
     assert all(("error" in answer) != ("items" in answer) for answer in answers)
     assert answers[-1]["id"] == "still there" and len(answers[-1]["items"]) == 2
+
+
+def test_the_harshest_lines(recommender, capsys):
+    capsys.readouterr()
+    recommend.respond(recommender, HARSH, argparse.Namespace(top_k=2, exclude_history=False), 3, False)
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == len(HARSH) and sum('"error"' in line for line in told) >= len(HARSH) - 14
 
 
 @EXAMPLES

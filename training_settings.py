@@ -1,4 +1,4 @@
-"""The DeepSpeed configuration that `--deepspeed` names: read, checked against the flags, and completed."""
+"""What libraries have a say in: names of optimisers, schedules and trackers, and the DeepSpeed configuration of `--deepspeed`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,46 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from utils import UserError, read_json, world_size
+from arguments import comma_list
+from utils import UserError, first_line, read_json, world_size
+
+
+def check_names(args: argparse.Namespace) -> None:
+    """Refuse an optimiser or a schedule that transformers does not know. Raises UserError."""
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    for flag, choices in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
+        known = [choice.value for choice in choices]
+        if getattr(args, flag) not in known:
+            raise UserError(f"--{flag} {getattr(args, flag)}: unknown; known: {', '.join(known)}")
+
+
+def check_trackers(report_to: str) -> None:
+    """Refuse a tracker that is unknown or not installed. Raises UserError."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    names = comma_list(report_to)
+    for name in names if names not in (["none"], ["all"]) else []:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise UserError(f"--report_to {name}: unknown; known: {', '.join(INTEGRATION_TO_CALLBACK)}, or none")
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (ImportError, RuntimeError) as error:
+            raise UserError(f"--report_to {name}: {first_line(error)}") from None
+
+
+def check_optimizer(training: Any, model: Any) -> None:
+    """Refuse an optimiser that is not installed or needs more than its name. Raises UserError."""
+    from transformers import Trainer
+
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(training, model)
+    except Exception as error:  # noqa: BLE001  (every optimiser has errors of its own)
+        raise UserError(f"--optim {training.optim}: {first_line(error)}") from None
+
+
+# ---- DeepSpeed ----
 
 
 def read_deepspeed(args: argparse.Namespace) -> dict[str, Any]:
