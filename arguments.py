@@ -286,7 +286,13 @@ TEST = (
     Flag("test_prompt_ids", "0", "template numbers by commas, or all", role=Role.FREE),
     Flag("metrics", "hit@1,hit@5,hit@10,ndcg@5,ndcg@10", "hit@k and ndcg@k, by commas", role=Role.FREE),
     Flag("test_task", "SeqRec", "SeqRec, ItemSearch or FusionSeqRec, in any case", role=Role.FREE),
-    Flag("restart", False, "throw away the predictions of an earlier, different or cut-off run", None, Role.FREE),
+    Flag(
+        "restart",
+        False,
+        "begin anew; results of an earlier or cut-off run are replaced at the end",
+        None,
+        Role.FREE,
+    ),
 )
 ALL = (*GLOBAL, *DATASET, *PROMPT, *MIXTURE, *TRAIN, *LORA, *MODEL, *TEST)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from abuse_world import Abuse, device, drop, folder, json_rows, loop, pipe, put, remove, write
+from abuse_world import Abuse, cut, device, drop, folder, json_rows, loop, pipe, put, remove, write
 
 RESULTS, PREDICTIONS = "results/r.json", "results/r.predictions.jsonl"
 
@@ -61,6 +61,7 @@ RESULT = [
     ),
     *json_rows("report", RESULTS),
     *json_rows("test again", RESULTS, "missing"),
+    Abuse("a broken model and --restart", "test again", "run/model", cut("run/model.safetensors"), ("--restart",)),
     Abuse("results without predictions", "test again", "exists; name another", remove(PREDICTIONS)),
     Abuse("predictions without results", "test again", "exists; name another", remove(RESULTS)),
     Abuse(

@@ -15,8 +15,10 @@ from abuse_world import COMMANDS, ask, finetune_flags, make_abuse_world, test_fl
 from tiny_models import make_model
 
 import finetune
+import test as test_script
 import training
 from reading import load_model
+from results import Store
 from run_folder import REPLACED, RunFolder
 from utils import UserError, checkpoints
 
@@ -93,6 +95,29 @@ def test_the_old_run_goes_with_the_first_checkpoint_and_files_of_others_stay(wor
     assert (world / "run/README.md").read_text() == "mine" and (world / "run/merges.txt").read_text() == "mine too"
     assert json.loads((world / "run/run.json").read_text())["arguments"]["seed"] == 7
     assert not (world / "run" / REPLACED).exists() and checkpoints(world / "run")
+
+
+# ---- results that are replaced ----
+
+
+def test_earlier_results_stay_until_the_new_ones_are_there(world, monkeypatch):
+    flags = [*COMMANDS["test again"][1](world), "--num_beams", "7"]  # another number of beams: other results
+    before = files(world / "results")
+    append = Store.append
+
+    def stop_after_one(store: Store, records: list) -> None:
+        append(store, records)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Store, "append", stop_after_one)
+        test_script.main([*flags, "--restart"])
+    left = files(world / "results")
+    assert before.items() <= left.items()
+    test_script.main(flags)  # goes on with the new ones
+    found = [json.loads(line) for line in (world / "results/r.predictions.jsonl").read_text().splitlines()]
+    assert {len(record["items"]) for record in found} == {7} and len(found) == 12
+    assert not (world / "results/r.partial").exists()
 
 
 # ---- code ----
