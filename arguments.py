@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any, NoReturn
 
 from tasks import TASKS
@@ -40,6 +41,20 @@ def text(value: str) -> str:
         value.encode()
     except UnicodeEncodeError:
         raise argparse.ArgumentTypeError(f"{value!r} is not valid UTF-8") from None
+    return value
+
+
+def file_name(value: str) -> str:
+    """A kind: the path of a file."""
+    if not Path(text(value)).name:
+        raise argparse.ArgumentTypeError(f"{value!r} is not the name of a file")
+    return value
+
+
+def folder_name(value: str) -> str:
+    """A kind: the path of a folder (a point for this one)."""
+    if not text(value):
+        raise argparse.ArgumentTypeError("'' is not the name of a folder")
     return value
 
 
@@ -127,8 +142,8 @@ class Flag:
 
 GLOBAL = (
     Flag("seed", 42, "seed of every random choice", whole(0, 2**32 - 1)),
-    Flag("base_model", "./llama-7b/", "causal LM: a local folder or a hub id", role=Role.FREE),
-    Flag("output_dir", "./ckpt/", "where checkpoints and the final model go", role=Role.FREE),
+    Flag("base_model", "./llama-7b/", "causal LM: a local folder or a hub id", folder_name, Role.FREE),
+    Flag("output_dir", "./ckpt/", "where checkpoints and the final model go", folder_name, Role.FREE),
 )
 DATASET = (
     Flag("data_path", "", "folder that holds <dataset>/", role=Role.FREE),
@@ -293,14 +308,20 @@ MODEL = (
 )
 TEST = (
     Flag("filter_items", False, "kept from the original; every result is an existing item anyway", None, Role.FREE),
-    Flag("results_file", "./results/test-ddp.json", "where metrics go; predictions go beside it", role=Role.FREE),
+    Flag("results_file", "./results/test-ddp.json", "where metrics go; predictions go beside it", file_name, Role.FREE),
     Flag("test_batch_size", 1, "users per batch (per process), or auto", batch_size, Role.FREE),
     Flag("num_beams", 20, "beams, and ranked items per user", whole(1)),
     Flag("sample_num", -1, "test so many users, drawn by the seed; -1: all", steps_or_all),
     Flag("test_prompt_ids", "0", "template numbers by commas, or all", role=Role.FREE),
     Flag("metrics", "hit@1,hit@5,hit@10,ndcg@5,ndcg@10", "hit@k and ndcg@k, by commas", role=Role.FREE),
     Flag("test_task", "SeqRec", "SeqRec, ItemSearch or FusionSeqRec, in any case", role=Role.FREE),
-    Flag("restart", False, "throw away the predictions of an earlier, different or cut-off run", None, Role.FREE),
+    Flag(
+        "restart",
+        False,
+        "begin anew; results of an earlier or cut-off run are replaced at the end",
+        None,
+        Role.FREE,
+    ),
 )
 ALL = (*GLOBAL, *DATASET, *PROMPT, *MIXTURE, *TRAIN, *LORA, *MODEL, *TEST)
 

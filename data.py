@@ -16,7 +16,7 @@ import numpy as np
 
 from utils import UserError, read_json, say
 
-ITEM_TOKEN = re.compile(r"<[a-z]+_\d+>")
+ITEM_TOKEN = re.compile(r"<[a-z]+_[0-9]+>")
 TITLE_EDGES = " \t\r\n.!?,;:`"
 USER_PARTS = ("preference", "train", "test")  # of `<D>.user.json`: preferences, and the intentions of two splits
 
@@ -112,6 +112,8 @@ def load_data(
     Raises:
         UserError: a file is missing or broken; the message says file, key and reason.
     """
+    if not dataset or Path(dataset).name != dataset:
+        raise UserError(f"--dataset {dataset!r}: is not the name of a folder in --data_path")
     folder = Path(data_path) / dataset
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder (--data_path and --dataset)")
@@ -198,7 +200,7 @@ def check_index(path: Path, content: Any, n_items: int, fault: Fault = refuse) -
         elif not isinstance(tokens, list) or not tokens:
             fault(f"{where} must have a list of tokens")
         elif wrong := [each for each in tokens if not (isinstance(each, str) and ITEM_TOKEN.fullmatch(each))]:
-            fault(f"{where} has {wrong[0]!r}, which is not a token such as <a_12>")
+            fault(f"{where} has {str(wrong[0])[:40]!r}, which is not a token such as <a_12>")
         else:
             indices.append(tuple(tokens))
             continue

@@ -8,13 +8,13 @@ For the same metrics within Hugging Face's `evaluate` package see metrics/metric
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from arguments import file_name, make_parser, text
 from results import check_metrics, ranks_of, read_predictions, summarise, too_long
 from utils import UserError, run_main, write_json
 
@@ -22,12 +22,14 @@ DEFAULT_METRICS = "hit@1,hit@5,hit@10,ndcg@5,ndcg@10"
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--predictions", required=True, metavar="F", help="a *.predictions.jsonl of test.py")
+    parser = make_parser(__doc__)
     parser.add_argument(
-        "--metrics", default=DEFAULT_METRICS, help="comma list of hit@k, ndcg@k, mrr@k (default: %(default)s)"
+        "--predictions", type=file_name, required=True, metavar="F", help="a *.predictions.jsonl of test.py"
     )
-    parser.add_argument("--results_file", metavar="F", help="also write the results there as JSON; must not exist yet")
+    parser.add_argument("--metrics", type=text, default=DEFAULT_METRICS, help="comma list of hit@k, ndcg@k, mrr@k")
+    parser.add_argument(
+        "--results_file", type=file_name, metavar="F", help="also write the results there as JSON; must not exist yet"
+    )
     args = parser.parse_args(argv)
     if args.results_file and Path(args.results_file).exists():
         raise UserError(f"--results_file {args.results_file} exists; name another file or remove it")

@@ -41,7 +41,15 @@ from resume import find_resume
 from run_folder import FINAL, LOG, PREPARED, RECORD, TENSORBOARD, RunFolder, RunRecord, model_fingerprint
 from samples import TaskValidSet, TrainSet, ValidSet
 from tasks import TASKS
-from utils import UserError, is_main, read_json, run_main, say, set_seed, sha256, versions, world_size
+from training_settings import (
+    check_names,
+    check_optimizer,
+    check_trackers,
+    complete_deepspeed,
+    read_deepspeed,
+    zero_stage,
+)
+from utils import UserError, is_main, regular_file, run_main, say, set_seed, sha256, versions, world_size
 
 OWN_TENSORBOARD_DIR = "TENSORBOARD_LOGGING_DIR" in os.environ  # else each run of this process gets its own below
 CHECKED = 64  # samples of each task whose length is looked at
@@ -72,37 +80,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.fp16 and not torch.cuda.is_available():
         raise UserError("--fp16 needs a GPU; use --bf16 or neither on the CPU")
     quiet()
-    from transformers.trainer_utils import SchedulerType
-    from transformers.training_args import OptimizerNames
-
-    for flag, choices in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
-        known = [choice.value for choice in choices]
-        if getattr(args, flag) not in known:
-            raise UserError(f"--{flag} {getattr(args, flag)}: unknown; known: {', '.join(known)}")
+    check_names(args)
+    check_trackers(args.report_to)
     if args.deepspeed.lower() == "none":
         args.deepspeed = None
-    elif not Path(args.deepspeed).is_file():
-        raise UserError(f"--deepspeed {args.deepspeed}: no such file (none: plain DDP)")
-    if args.init_item_tokens and not Path(args.init_item_tokens).is_file():
-        raise UserError(f"--init_item_tokens {args.init_item_tokens}: no such file")
+    stage = zero_stage(read_deepspeed(args))
+    for flag in ("init_item_tokens", "prompt_file"):
+        if getattr(args, flag):
+            try:
+                regular_file(getattr(args, flag))
+            except UserError as error:
+                raise UserError(f"--{flag} {error}") from None
     if args.select_by != "loss" and not args.eval_ranking:
         raise UserError(f"--select_by {args.select_by} needs --eval_ranking N")
     if args.train_new_rows_only and not args.lora:
         raise UserError("--train_new_rows_only freezes the other weights: add --lora")
     if (args.load_in_4bit or args.load_in_8bit) and not args.lora:
         raise UserError("--load_in_4bit and --load_in_8bit freeze the base weights: add --lora")
-    if (args.load_in_4bit or args.load_in_8bit) and zero_stage(args.deepspeed) == 3:
+    if (args.load_in_4bit or args.load_in_8bit) and stage == 3:
         raise UserError(
             f"--deepspeed {args.deepspeed}: ZeRO-3 cannot part quantised weights; use --deepspeed none or a ds_z2 file"
         )
     return args
-
-
-def zero_stage(deepspeed: str | None) -> int:
-    """The ZeRO stage of a DeepSpeed configuration; 0 without one."""
-    config = read_json(deepspeed) if deepspeed else {}
-    zero = config.get("zero_optimization") if isinstance(config, dict) else None
-    return zero.get("stage", 0) if isinstance(zero, dict) else 0
 
 
 def training_tasks(args: argparse.Namespace) -> list[tuple[str, int, int]]:
@@ -135,30 +134,6 @@ def load_datasets(args: argparse.Namespace, style: PromptStyle) -> tuple[RecData
     return data, train, valid
 
 
-def deepspeed_config(args: argparse.Namespace) -> dict[str, Any] | None:
-    """The DeepSpeed configuration, its `auto` buckets and thresholds never below what a small model needs.
-
-    transformers derives them from the hidden size alone, so that a model of 128 dimensions would talk in crumbs of 16,384
-    numbers. From about 3,000 dimensions on these are transformers' own values.
-    """
-    if not args.deepspeed:
-        return None
-    config = read_json(args.deepspeed)
-    if not isinstance(config, dict):
-        raise UserError(f"{args.deepspeed}: must be an object")
-    from transformers import AutoConfig
-
-    prepared = AutoConfig.from_pretrained(Path(args.output_dir) / PREPARED).get_text_config()
-    square, zero = prepared.hidden_size**2, config.get("zero_optimization", {})
-    values = {
-        "reduce_bucket_size": max(square, 10**7),
-        "stage3_prefetch_bucket_size": max(int(0.9 * square), 10**7),
-        "stage3_param_persistence_threshold": max(10 * prepared.hidden_size, 10**5),
-    }
-    zero.update({key: value for key, value in values.items() if zero.get(key) == "auto"})
-    return config
-
-
 def training_arguments(args: argparse.Namespace) -> Any:
     """transformers' TrainingArguments for our flags. Activates DeepSpeed: what is loaded after it may be partitioned."""
     from transformers import TrainingArguments
@@ -182,7 +157,7 @@ def training_arguments(args: argparse.Namespace) -> Any:
         fp16=args.fp16,
         bf16=args.bf16,
         use_cpu=not torch.cuda.is_available(),
-        deepspeed=deepspeed_config(args),
+        deepspeed=complete_deepspeed(read_deepspeed(args), Path(args.output_dir) / PREPARED),
         activation_checkpointing=args.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
         logging_steps=args.logging_step,
@@ -310,6 +285,7 @@ def prepare(args: argparse.Namespace, trainer_of: Callable[[Run], Any] | None = 
     checkpoint, adapter = on_main(lambda: begin(args, folder, facts, data))
     training = training_arguments(args)
     model, tokenizer = load_trainable(args, folder / PREPARED, training, data.item_tokens, adapter)
+    check_optimizer(training, model)
     say(parameter_report(model, len(data.item_tokens)))
     sample = train_set[0]
     say(f"first sample: {json.dumps(sample['prompt'] + sample['response'], ensure_ascii=False)[:600]}")

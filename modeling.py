@@ -7,7 +7,7 @@ every process then loads its part.
 from __future__ import annotations
 
 import contextlib
-import pickle
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +15,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from adapters import merge_adapter
 from convert.folder import find_model
 from convert.hub import local_or_hub
 from data import RecData
-from tokenising import add_item_tokens, cut_as_in_2023, first_line, is_llamas, item_token_ids, load_tokenizer
+from reading import ADAPTER, adapter_weights, fill_adapter, load_model, read_array
+from tokenising import add_item_tokens, cut_as_in_2023, is_llamas, item_token_ids, load_tokenizer
 from trie import ItemTrie
-from utils import UserError, is_main
+from utils import UserError, first_line, is_main
 
-# what checkpoints of older libraries store besides their weights
-BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -41,28 +40,6 @@ def item_trie(tokenizer: Any, data: RecData, no_eos: bool = False) -> ItemTrie:
         return ItemTrie(rows, None if no_eos else tokenizer.eos_token_id)
     except ValueError as error:
         raise UserError(f"{data.files.get('index', data.name)}: {error}{' (--no_eos)' if no_eos else ''}") from error
-
-
-def load_model(path: str | Path, dtype: torch.dtype | None = None, **more: Any) -> PreTrainedModel:
-    """A causal LM of a folder or hub id in `dtype` (default: the checkpoint's); no code of the checkpoint is run.
-
-    Raises:
-        UserError: there is no model that loads, or its weights are not those of its configuration.
-    """
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True, **more
-        )
-    except MemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001  (configurations and weight files can be wrong in any way)
-        raise UserError(f"{path}: no model can be loaded ({first_line(error)})") from error
-    missing, extra = sorted(report["missing_keys"]), sorted(set(map(str, report["unexpected_keys"])))
-    extra = [name for name in extra if not name.endswith(BUFFERS)]
-    if missing or extra:
-        what = f"lack {missing[0]}" if missing else f"have {extra[0]}, which the model has not"
-        raise UserError(f"{path}: the weights do not fit config.json: they {what} ({len(missing + extra)} such names)")
-    return model
 
 
 def rows_from_embeddings(path: Path, data: RecData, tokens: list[str], width: int) -> torch.Tensor:
@@ -81,11 +58,15 @@ def rows_from_embeddings(path: Path, data: RecData, tokens: list[str], width: in
         UserError: the file is no finite array with a row for each item.
     """
     try:
-        with open(path, "rb") as file:  # an array alone: not the archive that np.load takes too
-            vectors = np.lib.format.read_array(file, allow_pickle=False).astype(np.float32)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--init_item_tokens {path}: no array can be loaded ({first_line(error)})") from error
-    if vectors.ndim != 2 or len(vectors) != len(data.titles) or not np.isfinite(vectors).all():
+        vectors = read_array(path)
+    except UserError as error:
+        raise UserError(f"--init_item_tokens {error}") from None
+    if (
+        vectors.ndim != 2
+        or vectors.shape[0] != len(data.titles)
+        or not vectors.shape[1]
+        or not np.isfinite(vectors).all()
+    ):
         raise UserError(
             f"--init_item_tokens {path}: shape {vectors.shape}; needed: a row of finite numbers for each of "
             f"the {len(data.titles)} items"
@@ -187,6 +168,9 @@ def attach_lora(model: PreTrainedModel, shape: LoraShape, zero3_bf16: bool = Fal
     """`model` with a LoRA adapter (bias none)."""
     from peft import LoraConfig, TaskType, get_peft_model
 
+    parts = {part for name, _ in model.named_modules() for part in name.split(".")}
+    if unknown := [name for name in shape.modules_to_save if name.split(".")[-1] not in parts]:
+        raise UserError(f"--lora_modules_to_save {unknown[0]}: the model has no such module")
     tied = model.config.get_text_config().tie_word_embeddings
     new_rows = shape.new_rows
     whole = list(shape.modules_to_save) if new_rows is None else []
@@ -222,23 +206,11 @@ def load_adapter(model: Any, path: str | Path) -> None:
     Raises:
         UserError: there is no adapter, or it has other parts or shapes.
     """
-    from peft import load_peft_weights, set_peft_model_state_dict
-
-    try:
-        weights = load_peft_weights(str(path), device="cpu")
-    except (OSError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: no adapter can be loaded ({first_line(error)})") from error
+    weights = adapter_weights(path)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with _gathered(*trained, writes=True):
         if is_main() or not any(hasattr(parameter, "ds_id") for parameter in trained):
-            try:
-                result = set_peft_model_state_dict(model, weights)
-            except RuntimeError as error:
-                raise UserError(f"{path}: the adapter does not fit ({first_line(error)})") from error
-            if result.unexpected_keys:
-                raise UserError(
-                    f"{path}: the adapter has {result.unexpected_keys[0]}, this run's has not; check --lora_*"
-                )
+            fill_adapter(model, weights, path)
 
 
 def parameter_report(model: Any, n_new: int) -> str:
@@ -295,13 +267,9 @@ def find_checkpoint(ckpt_path: str, lora: bool = False) -> str:
         ckpt_path = download(ckpt_path)
     if not any(Path(ckpt_path).glob("*config.json")):
         raise UserError(f"{ckpt_path}: holds no model (no config.json)")
-    if (
-        not lora
-        and (Path(ckpt_path) / "adapter_config.json").is_file()
-        and not (Path(ckpt_path) / "config.json").is_file()
-    ):
+    if not lora and os.path.lexists(Path(ckpt_path) / ADAPTER) and not (Path(ckpt_path) / "config.json").is_file():
         raise UserError(f"{ckpt_path}: is a LoRA adapter; add --lora and --base_model")
-    if lora and not (Path(ckpt_path) / "adapter_config.json").is_file():
+    if lora and not os.path.lexists(Path(ckpt_path) / ADAPTER):
         raise UserError(f"{ckpt_path}: holds no LoRA adapter (no adapter_config.json); leave --lora out")
     return ckpt_path
 

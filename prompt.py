@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks import TASKS
-from utils import UserError, read_json, say
+from utils import UserError, first_line, read_json, regular_file, say
 
 SLOT = re.compile(r"\{(\w+)\}")
 
@@ -248,14 +248,13 @@ def load_prompts(path: str | None = None) -> Prompts:
     """
     if not path:
         return checked_prompts("prompt.py", sft_prompt, all_prompt)
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such prompt file")
+    regular_file(path)
     if Path(path).suffix == ".py":
         say(f"note: running {path} for its templates (--prompt_file)")
         try:
             content = runpy.run_path(path)
-        except Exception as error:
-            raise UserError(f"{path}: stopped with {type(error).__name__}: {error}") from error
+        except (Exception, SystemExit) as error:
+            raise UserError(f"{path}: stopped with {type(error).__name__}: {first_line(error)}") from error
     else:
         content = read_json(path)
         if not isinstance(content, dict):

@@ -10,6 +10,7 @@ A released checkpoint has neither; then the flags say all, as in the original.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def saved_style(folder: Path) -> PromptStyle | None:
         UserError: the file is broken.
     """
     path = folder / STYLE
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     content = read_json(path)
     if not isinstance(content, dict):
@@ -62,6 +63,8 @@ def saved_style(folder: Path) -> PromptStyle | None:
     for key, kind in kinds.items():
         if type(content.get(key)) is not kind:
             raise UserError(f"{path}: {key!r} must be of the type {kind.__name__}")
+    if content["max_his_len"] < -1:
+        raise UserError(f"{path}: 'max_his_len' is {str(content['max_his_len'])[:40]}; it must be -1 or more")
     prompts = checked_prompts(str(path), content.get("sft_prompt"), content.get("all_prompt"))
     form = HistoryFormat(content["max_his_len"], content["add_prefix"], content["his_sep"])
     return PromptStyle(prompts, form, content["no_eos"], content["dataset"])
@@ -101,7 +104,7 @@ def saved_items(folder: Path) -> RecData | None:
         UserError: the file is broken.
     """
     path = folder / ITEMS
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     content = read_json(path)
     if not isinstance(content, dict) or not content:

@@ -29,7 +29,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from arguments import MODEL, add_data, add_flags, add_global, make_parser, parse_given, whole
+from arguments import MODEL, add_data, add_flags, add_global, make_parser, parse_given, text, whole
 from collator import encode_prompts
 from data import RecData, clean_title, load_data
 from decoding import pack_linears
@@ -98,9 +98,10 @@ class Recommender:
         """
         last = len(self.data.titles) - 1
         if isinstance(name, int) or name.strip().isdecimal():
-            if isinstance(name, bool) or not 0 <= int(name) <= last:
-                raise UserError(f"item {name} is unknown; the items of {self.data.name} are 0 to {last}")
-            return int(name)
+            digits = str(name).strip()
+            if isinstance(name, bool) or len(digits) > 12 or not 0 <= int(digits) <= last:
+                raise UserError(f"item {digits[:40]} is unknown; the items of {self.data.name} are 0 to {last}")
+            return int(digits)
         wanted = clean_title(name).lower()
         if wanted in self._by_title:
             return self._by_title[wanted]
@@ -110,7 +111,7 @@ class Recommender:
             f"{self.data.titles[self._by_title[title]]!r} ({self._by_title[title]})"
             for title in list(dict.fromkeys(within + near))[:3]
         )
-        raise UserError(f"no item has the title {name!r}; the nearest: {shown}")
+        raise UserError(f"no item has the title {name[:80]!r}; the nearest: {shown}")
 
     def request(self, content: dict[str, Any], top_k: int = 10, exclude_history: bool = False) -> Request:
         """A request from the object that a line of `--requests` holds.
@@ -238,10 +239,12 @@ def parse_command(argv: list[str] | None) -> tuple[argparse.Namespace, frozenset
     model.add_argument("--num_beams", type=whole(1), default=20, help="beams; more where a list needs them")
     model.add_argument("--prompt_id", type=whole(0), help="template number; by default the first that fits")
     ask = parser.add_argument_group("what is asked")
-    ask.add_argument("--users", metavar="ID,ID,…", help="users of the dataset by commas, or all")
-    ask.add_argument("--history", nargs="+", action="append", metavar="ITEM", help="ids or titles, oldest first")
-    ask.add_argument("--query", action="append", metavar="TEXT", help="a search text")
-    ask.add_argument("--requests", metavar="F", help="JSON lines from a file, or - for stdin")
+    ask.add_argument("--users", type=text, metavar="ID,ID,…", help="users of the dataset by commas, or all")
+    ask.add_argument(
+        "--history", type=text, nargs="+", action="append", metavar="ITEM", help="ids or titles, oldest first"
+    )
+    ask.add_argument("--query", type=text, action="append", metavar="TEXT", help="a search text")
+    ask.add_argument("--requests", type=text, metavar="F", help="JSON lines from a file, or - for stdin")
     ask.add_argument("--top_k", type=whole(1), default=10, help="items in an answer")
     ask.add_argument("--exclude_history", action="store_true", help="never name items of the history")
     ask.add_argument("--batch_size", type=whole(1), default=16, help="requests decoded together (stdin: one by one)")
@@ -292,10 +295,14 @@ def understand(recommender: Recommender, line: bytes, args: argparse.Namespace) 
     """The request in a line, or the answer to a line that holds none."""
     content = None
     try:
-        content = parse_json(line)
+        read = parse_json(line)
+        json.dumps([[[[read]]]], allow_nan=False)  # what can be read and not be written, such as NaN, has no answer
+        content = read
         request = recommender.request(content, args.top_k, args.exclude_history)
         recommender.check(request)
         return request
+    except RecursionError:
+        return {"error": "nested too deep"}
     except (ValueError, UserError) as error:
         told = {"id": content["id"]} if isinstance(content, dict) and "id" in content else {}
         return {**told, "error": str(error)}

@@ -13,22 +13,28 @@ users by history and target, learning curves, the index), examples and all setti
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from arguments import add_dataset, make_parser
+from arguments import add_dataset, file_name, make_parser, text
 from data import RecData, load_data
 from evaluate import check_metrics, too_long
 from metrics.ranking import METRICS, parse_metrics
 from report_page import MARK, page
 from scored_runs import read_run
-from utils import UserError, atomic_path, read_json, run_main, say
+from utils import UserError, atomic_path, read_json, regular_file, run_main, say
 
 METRIC_NAMES = "hit@1,hit@5,hit@10,ndcg@5,ndcg@10"
 RESAMPLES = 2000
+UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]"
+)  # what HTML and terminals forbid
 
 
 def values(ranks: np.ndarray, names: str) -> dict[str, np.ndarray]:
@@ -146,11 +152,11 @@ def labels(paths: list[Path]) -> list[str]:
     Raises:
         UserError: a file is named twice.
     """
-    if len({path.resolve() for path in paths}) < len(paths):
+    if len({Path(os.path.realpath(path)) for path in paths}) < len(paths):
         raise UserError("--results_file names a file twice")
     if len(paths) == 1:
         return ["LC-Rec"]
-    whole = [path.resolve() for path in paths]
+    whole = [Path(os.path.realpath(path)) for path in paths]
     for name in (lambda path: path.parent.name, lambda path: f"{path.parent.name}/{path.stem}", str):
         found = [name(path) for path in whole]
         if len(set(found)) == len(found):
@@ -161,18 +167,21 @@ def labels(paths: list[Path]) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add_dataset(parser.add_argument_group("data"))
-    parser.add_argument("--results_file", nargs="+", required=True, type=Path, help="results of test.py or test_ddp.py")
     parser.add_argument(
-        "--table_file", type=Path, help="where the table goes (*.md); default: <first stem>.table.md beside it"
+        "--results_file", nargs="+", required=True, type=file_name, help="results of test.py or test_ddp.py"
     )
-    parser.add_argument("--metrics", default=METRIC_NAMES, help="hit@k and ndcg@k, by commas")
     parser.add_argument(
-        "--references", type=Path, metavar="F", help="recorded rows, such as benchmarks/references.json"
+        "--table_file", type=file_name, help="where the table goes (*.md); default: <first stem>.table.md beside it"
+    )
+    parser.add_argument("--metrics", type=text, default=METRIC_NAMES, help="hit@k and ndcg@k, by commas")
+    parser.add_argument(
+        "--references", type=file_name, metavar="F", help="recorded rows, such as benchmarks/references.json"
     )
     parser.add_argument("--unseen", action="store_true", help="rows without what the user has met before, too")
     args = parser.parse_args(argv)
     check_metrics(args.metrics)
-    target = args.table_file or args.results_file[0].with_name(f"{args.results_file[0].stem}.table.md")
+    results = [Path(path) for path in args.results_file]
+    target = Path(args.table_file) if args.table_file else results[0].with_name(f"{results[0].stem}.table.md")
     html = page_file(target)
     data = load_data(args.data_path, args.dataset, args.index_file)
     popular = {"popularity": popularity_ranks(data, False), "popularity, unseen": popularity_ranks(data, True)}
@@ -182,11 +191,9 @@ def main(argv: list[str] | None = None) -> None:
     rows |= {
         name: values(ranks, args.metrics) for name, ranks in popular.items() if args.unseen or "unseen" not in name
     }
-    references, sources = recorded(args.references, args.dataset)
+    references, sources = recorded(Path(args.references) if args.references else None, args.dataset)
     rows |= references
-    runs = [
-        read_run(path, label, data) for path, label in zip(args.results_file, labels(args.results_file), strict=True)
-    ]
+    runs = [read_run(path, label, data) for path, label in zip(results, labels(results), strict=True)]
     for run in runs:
         rows[run.label] = values(run.ranks, args.metrics)
         if args.unseen:
@@ -199,12 +206,13 @@ def main(argv: list[str] | None = None) -> None:
     for run in runs:
         if run.ranks.shape[1] != len(data.inters):
             note += f" {run.label} has {run.ranks.shape[1]:,} of the users, the references have all."
-    text = f"{markdown(found)}\n\n{note}\n"
-    written = {target: text, html: page(data, runs, popular, found, note)}
-    for path, content in written.items():
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(content.encode("utf-8", "replace"))
-    say(f"{text}{target}: this table\n{html}: the same with figures and examples")
+    table = f"{markdown(found)}\n\n{note}\n"
+    written = {target: table, html: page(data, runs, popular, found, note)}
+    with contextlib.ExitStack() as both:  # both or none
+        for path, content in written.items():
+            temporary = both.enter_context(atomic_path(path))
+            temporary.write_bytes(UNPRINTABLE.sub("\ufffd", content).encode("utf-8", "replace"))
+    say(f"{UNPRINTABLE.sub(' ', table)}{target}: this table\n{html}: the same with figures and examples")
 
 
 def page_file(table_file: Path) -> Path:
@@ -216,7 +224,7 @@ def page_file(table_file: Path) -> Path:
     if table_file.suffix != ".md":
         raise UserError(f"--table_file {table_file}: the name must end in .md")
     path = table_file.with_name(table_file.name.removesuffix(".md").removesuffix(".table") + ".html")
-    if path.exists() and MARK.encode() not in path.read_bytes()[:4096]:
+    if os.path.lexists(path) and MARK.encode() not in regular_file(path).read_bytes()[:4096]:
         raise UserError(f"{path}: exists and is no page of this script; choose another --table_file")
     return path
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 import json
 import re
 import warnings
@@ -63,7 +64,20 @@ def page(data: RecData, runs: list[Scored], references: dict[str, np.ndarray], r
     ]
     head = f'<meta charset="utf-8">{MARK}<title>{html.escape(title)}</title><style>{STYLE}</style>'
     head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{distinct_ids("".join(parts))}</body></html>\n'
+
+
+def distinct_ids(body: str) -> str:
+    """`body` with the names within each SVG made its own: ids that nothing refers to go, the others get its number."""
+    numbers = itertools.count(1)
+
+    def rename(match: re.Match[str]) -> str:
+        svg, mark = match[0], f"f{next(numbers)}-"
+        used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
+        svg = re.sub(r' id="([^"]*)"', lambda found: f' id="{mark}{found[1]}"' if found[1] in used else "", svg)
+        return re.sub(r'(href="#|url\(#)', rf"\g<1>{mark}", svg)
+
+    return re.sub(r"<svg.*?</svg>", rename, body, flags=re.DOTALL)
 
 
 def html_table(rows: list[list[str]]) -> str:

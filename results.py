@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from utils import (
     UserError,
     atomic_path,
     is_main,
+    missing_folders,
     parse_json,
     rank,
     read_json,
@@ -32,6 +33,9 @@ from utils import (
     world_size,
     write_json,
 )
+
+PARTIAL = re.compile(r"part-\d{5,}\.jsonl|\.?(config\.json|token|anew\.json)(\..*)?")  # what lies in the partial folder
+ANEW = "anew.json"  # in the partial folder: the earlier predictions are to be replaced (--restart)
 
 # ---- metrics of ranked lists ----
 
@@ -173,6 +177,7 @@ class Store:
         self.partial = self.results.with_name(f"{self.results.stem}.partial")
         self.expected, self.config, self.identity = expected, json.loads(json.dumps(config)), identity
         self.file: Any = None
+        self.new: list[Path] = []  # folders that this run makes
 
     def open(self, restart: bool) -> set[tuple[int, int]]:
         """Find out what an earlier run left, and be ready to append; the keys (prompt, sample) that are missing.
@@ -180,7 +185,11 @@ class Store:
         Raises:
             UserError: there are results of another run, and no `restart`; or not all processes see the same disk.
         """
-        token = on_main(lambda: self._prepare(restart))
+        try:
+            token = on_main(lambda: self._prepare(restart))
+        except UserError:
+            self.give_up()
+            raise
         mark = self.partial / "token"
         if not mark.is_file() or mark.read_text() != token:
             raise UserError(f"{self.results.parent}: every process must see this folder (a disk that all nodes share)")
@@ -192,12 +201,11 @@ class Store:
         return missing
 
     def _prepare(self, restart: bool) -> str:
-        there = [path for path in (self.results, self.predictions) if path.exists()]
+        self.new = missing_folders(self.partial)
+        there = [path for path in (self.results, self.predictions) if os.path.lexists(path)]
         self._check_own(there)
         if restart:
             self._remove_partial()
-            for path in there:
-                path.unlink()
         made = self.partial / "config.json"
         if made.is_file():
             self._compare(made, read_json(made))
@@ -207,10 +215,13 @@ class Store:
             self._compare(self.results, read_results(self.results)["config"])
         token = os.urandom(8).hex()
         try:
+            if restart:  # what is there stays until the new results take its place, and is not gone on from
+                write_json(self.partial / ANEW, True)
             write_json(made, self.config)
-            (self.partial / "token").write_text(token)
-        except OSError as error:
-            raise UserError(f"--results_file {self.results}: cannot be written ({error.strerror})") from None
+            with atomic_path(self.partial / "token") as path:
+                path.write_text(token)
+        except UserError as error:
+            raise UserError(f"--results_file {error}") from None
         return token
 
     def _check_own(self, there: list[Path]) -> None:
@@ -222,6 +233,9 @@ class Store:
                 next(read_predictions(self.predictions), None)
         except UserError as error:
             raise UserError(f"{error}; name another --results_file") from None
+        foreign = next((path for path in self._in_partial() if not PARTIAL.fullmatch(path.name)), None)
+        if foreign is not None:
+            raise UserError(f"{foreign}: was not written by a test; name another --results_file")
 
     def _compare(self, path: Path, before: Any) -> None:
         try:
@@ -241,7 +255,8 @@ class Store:
     def _lines(self) -> dict[tuple[int, int], str]:
         """The lines of this test in all files that are there, by (prompt, sample); of repeated ones the first."""
         lines: dict[tuple[int, int], str] = {}
-        for path in [self.predictions, *sorted(self.partial.glob("part-*.jsonl"))]:
+        whole = [] if (self.partial / ANEW).exists() else [self.predictions]
+        for path in [*whole, *sorted(self.partial.glob("part-*.jsonl"))]:
             if path.is_file():
                 with open(path, "rb") as file:
                     for line in file:
@@ -270,6 +285,14 @@ class Store:
         except OSError as error:
             raise UserError(f"{self.partial}: cannot be written ({error.strerror}); the same command goes on") from None
 
+    def give_up(self) -> None:
+        """After a failure: folders that this run made and that hold no prediction go."""
+        if is_main() and self.partial in self.new and not any(self.partial.glob("part-*.jsonl")):
+            self._remove_partial()
+            for folder in self.new[1:]:
+                if folder.is_dir():
+                    folder.rmdir()
+
     def close(self, metrics: str, prompt_ids: str) -> dict[str, Any]:
         """Put the parts together and write predictions and results; the results on the main process, elsewhere {}."""
         if self.file is not None:
@@ -294,15 +317,21 @@ class Store:
             with atomic_path(self.predictions) as path, open(path, "w", encoding="utf-8") as file:
                 file.writelines(lines[key] for key in self.expected.targets)
             write_json(self.results, results)
-        except OSError as error:
-            raise UserError(f"{self.results}: cannot be written ({error.strerror}); the same command goes on") from None
+        except UserError as error:
+            raise UserError(f"{error}; the same command goes on") from None
         return results
 
     def _remove_partial(self) -> None:
-        """Remove the partial folder; its configuration goes last, so that an interrupted removal is no other run's start."""
-        for path in sorted(self.partial.glob("part-*.jsonl")):
+        """Remove what a test writes to the partial folder; its configuration last, as an interrupted removal is no new start."""
+        for path in self._in_partial():  # anew.json first: without it what is there is the new result
             path.unlink()
-        shutil.rmtree(self.partial, ignore_errors=True)
+        if self.partial.is_dir():
+            self.partial.rmdir()
+
+    def _in_partial(self) -> list[Path]:
+        """What lies in the partial folder, in the order in which it is to be removed."""
+        found = self.partial.iterdir() if self.partial.is_dir() else ()
+        return sorted(found, key=lambda path: (path.name == "config.json", path.name != ANEW, path.name))
 
 
 def drop_half_line(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from convert.scan import check_checkpoint
-from utils import UserError, checkpoints, say
+from utils import UserError, checkpoints, read_json, say
 
 
 def find_resume(named: str | None, lora: bool, folder: Path) -> tuple[Path | None, Path | None]:
@@ -59,9 +58,9 @@ def newest_complete(folder: Path) -> Path | None:
 def missing_part(checkpoint: Path) -> str | None:
     """What keeps a run from going on exactly as it was, in words; None if all is there, and so is the best checkpoint's model."""
     try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        state = read_json(checkpoint / "trainer_state.json")
         step, best, _ = state["global_step"], state["best_global_step"], state["log_history"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (UserError, LookupError, TypeError):
         return "its trainer_state.json is broken"
     if checkpoint.name.startswith("checkpoint-") and checkpoint.name != f"checkpoint-{step}":
         return f"its trainer_state.json is of step {step}"
@@ -102,8 +101,8 @@ def _missing_model(checkpoint: Path) -> str | None:
     index = checkpoint / "model.safetensors.index.json"
     if index.is_file():
         try:
-            files = sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            files = sorted({str(name) for name in read_json(index)["weight_map"].values()})
+        except (UserError, LookupError, TypeError, AttributeError):
             return f"its {index.name} is broken"
     if not files:
         return "no model.safetensors"

@@ -61,7 +61,7 @@ class RunRecord:
         kinds = {"argv": list, "arguments": dict, "processes": int, "base_model": str}
         kinds |= {"samples": dict, "files": dict, "versions": dict, "made": dict, "written": list}
         if not isinstance(content, dict) or any(type(content.get(key)) is not kind for key, kind in kinds.items()):
-            raise UserError(f"{path}: is no record of a run of finetune.py")
+            raise UserError(f"{path}: is no record of a run of finetune.py; put the run's own back, or begin anew")
         if not all(isinstance(file, dict) and {"path", "sha256"} <= file.keys() for file in content["files"].values()):
             raise UserError(f"{path}: 'files' must have path and sha256 of each file")
         return cls(**{key: content[key] for key in kinds})
@@ -126,7 +126,7 @@ class RunFolder:
 
     def record(self) -> RunRecord | None:
         """The record of the run that lies here; None if there is none."""
-        return RunRecord.read(self / RECORD) if (self / RECORD).exists() else None
+        return RunRecord.read(self / RECORD) if os.path.lexists(self / RECORD) else None
 
     def refuse_if_taken(self, overwrite: bool, base_model: str) -> None:
         """Make sure that a new run may begin here.
@@ -134,8 +134,6 @@ class RunFolder:
         Raises:
             UserError: there is a model already and no `overwrite`, or it is not a run's, or it is the base model.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--output_dir {self.path}: a file is in the way")
         if Path(base_model).is_dir() and self.path.resolve() == Path(base_model).resolve():
             raise UserError(f"--output_dir {self.path} is the base model's own folder; choose another one")
         there = [name for name in MODELS if (self / name).exists()]
@@ -162,6 +160,8 @@ class RunFolder:
             UserError: another process trains here, or the folder cannot be written to.
         """
         lock = self / LOCK
+        if os.path.lexists(self.path) and not self.path.is_dir():
+            raise UserError(f"--output_dir {self.path}: is there and is no folder")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)

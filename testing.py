@@ -63,17 +63,22 @@ def test_checkpoint(description: str, argv: list[str] | None, single: bool) -> d
     store = Store(args.results_file, Expected(targets, len(data.titles), length), config, identity)
     missing = store.open(args.restart)
     if missing:
-        model, tokenizer = load_for_test(folder, args.base_model, args.lora, device, DTYPES.get(args.dtype))
-        pack_linears(model)
-        trie = item_trie(tokenizer, data, style.no_eos)
-        scorer = Scorer(model, tokenizer, trie, args.num_beams, args.test_batch_size)
-        progress = Progress(len(missing), args.metrics)
-        for prompt in prompt_ids:
-            texts = [style.prompts.prompt(style.prompts.of(task)[prompt], samples[number].slots) for number in numbers]
-            for records in score_prompt(scorer, prompt, texts, data, samples, numbers, missing):
-                store.append(records)
-                progress.add(records)
-        progress.close()
+        try:
+            model, tokenizer = load_for_test(folder, args.base_model, args.lora, device, DTYPES.get(args.dtype))
+            pack_linears(model)
+            trie = item_trie(tokenizer, data, style.no_eos)
+            scorer = Scorer(model, tokenizer, trie, args.num_beams, args.test_batch_size)
+            progress = Progress(len(missing), args.metrics)
+            for prompt in prompt_ids:
+                template = style.prompts.of(task)[prompt]
+                texts = [style.prompts.prompt(template, samples[number].slots) for number in numbers]
+                for records in score_prompt(scorer, prompt, texts, data, samples, numbers, missing):
+                    store.append(records)
+                    progress.add(records)
+            progress.close()
+        except UserError:
+            store.give_up()
+            raise
     results = store.close(args.metrics, args.test_prompt_ids)
     if results:
         say(json.dumps({key: results[key] for key in ("mean_results", "min_results", "max_results")}, indent=2))
@@ -153,7 +158,7 @@ def choose_prompts(prompts: Prompts, task: str, wanted: str) -> list[int]:
         return fitting
     parts = comma_list(wanted)
     if not parts or not all(part.isascii() and part.isdecimal() and len(part) < 10 for part in parts):
-        raise UserError(f"--test_prompt_ids {wanted!r}: write numbers separated by commas, or all")
+        raise UserError(f"--test_prompt_ids {wanted[:40]!r}: write numbers separated by commas, or all")
     for part in parts:
         if int(part) >= len(templates):
             raise UserError(f"--test_prompt_ids: {task} has the templates 0 to {len(templates) - 1}, not {part}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from transformers import AddedToken, AutoTokenizer, LlamaTokenizer, PreTrainedTo
 
 from collator import adds_bos
 from data import ITEM_TOKEN, RecData
-from utils import UserError, read_json
+from reading import check_model_folder
+from utils import UserError, first_line, read_json
 
 
 def load_tokenizer(path: str | Path, model_max_length: int = 2048) -> Any:
@@ -22,15 +22,21 @@ def load_tokenizer(path: str | Path, model_max_length: int = 2048) -> Any:
 
     LLaMA pads with its unknown token (id 0); a tokenizer whose unknown token has another id pads with EOS.
     """
-    options = {"model_max_length": model_max_length, "padding_side": "right", "trust_remote_code": False}
+    check_model_folder(path)
+    options = {"model_max_length": model_max_length, "padding_side": "right"}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
         if _is_bare(Path(path)) and not begins_with_a_blank(tokenizer) and _sentencepiece_does(Path(path)):
-            tokenizer = LlamaTokenizer.from_pretrained(path, **options)  # told of no class, transformers takes another
+            tokenizer = LlamaTokenizer.from_pretrained(
+                path, trust_remote_code=False, **options
+            )  # told of no class, transformers takes another
+        tokenizer("a")
     except MemoryError:
         raise
-    except Exception as error:  # noqa: BLE001  (a tokenizer's files can be wrong in any way)
-        raise UserError(f"{path}: no tokenizer can be loaded ({first_line(error)})") from error
+    except BaseException as error:  # noqa: BLE001  (files can be wrong in any way; tokenizers panics outside Exception)
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise UserError(f"{path}: no tokenizer can be loaded ({first_line(error)})") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no end-of-sequence token")
     if tokenizer.pad_token_id is None:
@@ -138,10 +144,3 @@ def cut_as_in_2023(tokenizer: Any, strips: bool = True, bos: bool | None = None)
         clean_up_tokenization_spaces=False,
         **{name: token for name, token in special.items() if token is not None},
     )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text that says something."""
-    if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to load it all the same
-        return "a .bin file of it carries code, which was not run"
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

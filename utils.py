@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import json
 import os
+import pickle
 import platform
 import random
 import re
@@ -21,13 +23,28 @@ from typing import Any
 
 import numpy as np
 
+# what no script can help: disks that are full or read-only, names that are too long, loops of links
+SURROUNDINGS = frozenset(
+    getattr(errno, name)
+    for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO EMFILE ENAMETOOLONG ELOOP ENOTDIR EISDIR".split()
+)
+
 
 class UserError(Exception):
-    """A mistake of the user's (a path, a flag, a file): one sentence that says what, where and what to do."""
+    """A mistake of the user's (a path, a flag, a file): one sentence that says what, where and what to do.
+
+    Keys and names of files may hold anything: control characters become blanks, so that it stays one line.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", message))
 
 
 def run_main(main: Callable[[], Any]) -> None:
-    """Run a script's `main` and end the process: a `UserError` is one line and status 2, a bug a traceback."""
+    """Run a script's `main` and end the process: a `UserError` is one line and status 2, a bug a traceback.
+
+    So is what no script can help: a full disk, a place that is read-only, a name that is too long.
+    """
     try:
         main()
     except UserError as error:
@@ -35,12 +52,18 @@ def run_main(main: Callable[[], Any]) -> None:
             time.sleep(3)
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in SURROUNDINGS:
+            if isinstance(error, BrokenPipeError):  # `script | head`: the reader has what it wanted
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                sys.exit(141)
+            raise
+        where = f"{str(error.filename)[:300]}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}", file=sys.stderr, flush=True)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
-    except BrokenPipeError:  # `script | head`: the reader has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
 
 
 def set_seed(seed: int) -> None:
@@ -50,6 +73,15 @@ def set_seed(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text that says something."""
+    if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to load it all the same
+        return "a .bin file of it carries code, which was not run"
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own, which is not run"
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:400]
 
 
 # ---- distributed facts: the global rank, as torchrun sets it (the local rank only picks a GPU) ----
@@ -163,13 +195,19 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it takes `path`'s place when the block ends well, else it is removed.
 
     Folders on the way are made. A reader never sees half a file, and a crash leaves the old one.
+
+    Raises:
+        UserError: the disk is full, the place is read-only, a file is where a folder should be, and the like.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    path, temporary = Path(path), None
+    made = missing_folders(path.parent)
     try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: cannot be written (it is not a regular file)")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=path.suffix[:20])
+        os.close(handle)
+        temporary = Path(name)
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
@@ -177,8 +215,22 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+        made = []
+    except OSError as error:
+        if error.filename not in (None, str(temporary), str(path)) and temporary is not None:
+            raise  # of another file than this one
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another process has put something there
+            for folder in made:
+                folder.rmdir()
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """`folder` and those above it that are not there, the deepest first."""
+    return [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
 
 
 def write_json(path: str | Path, content: Any, indent: int | None = 2) -> None:

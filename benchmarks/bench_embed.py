@@ -41,7 +41,7 @@ def single_texts(rows: list[list[str]], model_path: str, threads: int) -> tuple[
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
     model = AutoModel.from_pretrained(model_path, dtype=torch.float32, trust_remote_code=False).eval()
     torch.set_num_threads(threads)
     limit = min(2048, model.config.max_position_embeddings)

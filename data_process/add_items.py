@@ -24,15 +24,17 @@ from data_process.from_table import add_item_flags, frames, item_columns, text_c
 from data_process.prepare import ITEM_TEXTS, check_name, checked_items
 from data_process.raw_files import BadLines, table_files
 from provenance import note_made, record_path
-from utils import UserError, atomic_path, read_json, run_main, say
+from utils import UserError, atomic_path, read_json, regular_file, run_main, say
 
 
 def read_names(path: Path, count: int) -> list[str]:
     """The raw names of `<D>.item2id`, row = item. Raises UserError unless it numbers `count` items from 0."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file; without it old items cannot be told from new ones")
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    except OSError:
-        raise UserError(f"{path}: no such file; without it old items cannot be told from new ones") from None
+        lines = regular_file(path).read_bytes().decode("utf-8").split("\n")[:-1]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
     pairs = [line.rpartition("\t") for line in lines]
     if [number for _, _, number in pairs] != [str(n) for n in range(count)]:
         raise UserError(f"{path}: must number the {count} items of the item file from 0")

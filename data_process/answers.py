@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from utils import UserError, say
+from utils import UserError, parse_json, say
 
 KEY = "OPENAI_API_KEY"
 ATTEMPT = (
@@ -46,7 +46,7 @@ class AnswerFile:
         if self.path.exists():
             for line in self.path.read_bytes().splitlines():
                 try:
-                    row = json.loads(line)
+                    row = parse_json(line)
                     self.answers.setdefault(row["key"], []).append(row["answer"])
                 except (ValueError, TypeError, KeyError):
                     torn += bool(line.strip())

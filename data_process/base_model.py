@@ -64,7 +64,7 @@ def train_tokenizer(lines: Iterator[str], target: Path, vocab_size: int) -> None
             minloglevel=2,
         )
         write_json(Path(folder) / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "legacy": False})
-        tokenizer = LlamaTokenizer.from_pretrained(folder, add_bos_token=True)
+        tokenizer = LlamaTokenizer.from_pretrained(folder, add_bos_token=True, trust_remote_code=False)
         tokenizer.pad_token = tokenizer.unk_token
         tokenizer.save_pretrained(target)
 
@@ -75,7 +75,7 @@ def tiny(data_path: str, dataset: str, target: Path, options: object) -> None:
 
     set_seed(options.seed)
     train_tokenizer(texts(data_path, dataset), target, options.vocab_size)
-    tokenizer = AutoTokenizer.from_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(target, trust_remote_code=False)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=options.hidden_size,
@@ -102,7 +102,7 @@ def smollm2(target: Path) -> None:
 
     folder = fetch("smollm2")
     name = next(folder.glob("*.gguf")).name
-    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32, trust_remote_code=False)
     # a fresh model of the same configuration: the loaded one remembers its quantisation and refuses to be saved, and so
     # would every model that is loaded from the folder if its configuration told of it
     vars(loaded.config).pop("quantization_config", None)
@@ -110,7 +110,7 @@ def smollm2(target: Path) -> None:
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
     model.to(torch.bfloat16).save_pretrained(target)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
     tokenizer.save_pretrained(target)
     say(f"{target}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens")
 

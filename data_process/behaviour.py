@@ -92,13 +92,12 @@ def unit_rows(vectors: np.ndarray) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(min=1e-12)
 
 
-def read_text(path: Path, n_items: int) -> np.ndarray:
+def text_embeddings(path: Path, n_items: int) -> np.ndarray:
     """The text embeddings, (items, dim). Raises UserError if there are none for these items."""
-    try:
-        text = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"--text {path}: no array can be loaded ({str(error).splitlines()[0]})") from error
-    if not isinstance(text, np.ndarray) or text.ndim != 2 or len(text) != n_items:
+    from reading import read_array
+
+    text = read_array(path)
+    if text.ndim != 2 or len(text) != n_items or not np.isfinite(text).all():
         raise UserError(f"--text {path}: needed: one array with a row for each of the {n_items} items")
     return text
 
@@ -125,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     degrees = np.asarray(counts.sum(axis=1)).ravel()
     if not degrees.any():
         raise UserError(f"{stem}.inter.json: no two items of a training part lie within --window {args.window}")
-    text = unit_rows(read_text(args.text, n_items))
+    text = unit_rows(text_embeddings(args.text, n_items))
     behaviour = lent(unit_rows(factors(counts, min(args.width, n_items - 1))), text, degrees)
     joined = np.hstack([text, args.weight * behaviour])
     with atomic_path(args.output_file) as temporary, open(temporary, "wb") as file:

@@ -14,7 +14,6 @@ there. A target's title never stands in its intention. `made_by` in the file say
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -42,7 +41,7 @@ from data_process.text_requests import (
     requests_of,
 )
 from provenance import note_made, record_path
-from utils import UserError, read_json, run_main, say, write_json
+from utils import UserError, parse_json, read_json, run_main, say, write_json
 
 LETTERS_A_TOKEN = 4  # of English text, for estimates
 USUAL_ANSWER = 80  # tokens
@@ -179,8 +178,8 @@ def writer_of(options: argparse.Namespace) -> Endpoint | LocalModel:
 def parse_settings(text: str) -> dict[str, Any]:
     """`--settings`: a JSON object without what every question sets itself. Raises UserError."""
     try:
-        settings = json.loads(text)
-    except json.JSONDecodeError:
+        settings = parse_json(text.encode())
+    except ValueError:
         settings = None
     if not isinstance(settings, dict) or settings.keys() & {"model", "messages", "stream", "n"}:
         raise UserError(f'--settings {text}: must be a JSON object such as {{"max_completion_tokens": 300}}')

@@ -37,9 +37,9 @@ def parse_metrics(names: str) -> list[tuple[str, str, int]]:
     parsed = []
     for name in dict.fromkeys(part.strip() for part in names.split(",") if part.strip()):
         kind, _, k = name.partition("@")
-        if kind.lower() not in METRICS or not k.isdecimal() or int(k) < 1:
+        if kind.lower() not in METRICS or not (k.isascii() and k.isdecimal() and len(k) < 10) or int(k) < 1:
             known = ", ".join(f"{known}@k" for known in METRICS)
-            raise ValueError(f"unknown metric {name!r}: write one of {known}, with a number such as 10 for k")
+            raise ValueError(f"unknown metric {name[:40]!r}: write one of {known}, with a number such as 10 for k")
         parsed.append((name, kind.lower(), int(k)))
     if not parsed:
         raise ValueError("no metric is named")

@@ -98,6 +98,10 @@ def test_the_page_shows_a_run_and_no_title_becomes_markup(tmp_path):
     page = (tmp_path / "result.html").read_text()
     tags, texts = parts_of(page)
     assert evil in texts  # as text
+    names = [attributes["id"] for _, attributes in tags if "id" in attributes]
+    assert len(names) > 30 and len(set(names)) == len(names)
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', page)) == set(names)
+    assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", page)
     assert not {tag for tag, _ in tags} & {"script", "img", "link", "iframe"}
     for tag, attributes in tags:  # nothing is loaded from elsewhere
         assert all(

@@ -1,0 +1,177 @@
+"""Models, adapters and arrays that people hand over. With `tokenising.load_tokenizer` the only place of the root that loads them.
+
+(JSON is read by `utils.read_json`, predictions by `results.read_predictions`, DeepSpeed's and torch's files of a checkpoint by
+the trainer after `convert.scan.check_checkpoint`.) No code of a file is run, nothing is waited for, and whatever is wrong is
+a `UserError` that names the file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from utils import UserError, first_line, read_json, regular_file
+
+# what checkpoints of older libraries store besides their weights
+BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
+SETTINGS = ("*config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json", "*.index.json")
+READ = ("*.json", "*.safetensors", "*.bin", "*.model", "*.gguf", "*.txt", "*.jinja")
+ADAPTER = "adapter_config.json"
+
+
+# ---- folders of models ----
+
+
+def check_model_folder(path: str | Path) -> None:
+    """Look at the files that a loader would open: regular, settings in objects, whole tensors. A hub id is left to the hub.
+
+    Raises:
+        UserError: names the first file that is wrong.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    for file in sorted({file for pattern in READ for file in folder.glob(pattern)}):
+        regular_file(file)
+    for file in sorted({file for pattern in SETTINGS for file in folder.glob(pattern)}):
+        content = read_json(file)
+        if not isinstance(content, dict):
+            raise UserError(f"{file}: must be an object")
+        if file.name.endswith(".index.json") and file.name != "item_index.json":
+            _check_shards(file, content)
+
+
+def _check_shards(path: Path, content: dict[str, Any]) -> None:
+    shards = content.get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise UserError(f"{path}: 'weight_map' must be an object of file names")
+    for shard in set(shards.values()):
+        if Path(shard).name != shard:
+            raise UserError(f"{path}: {shard!r} is not the name of a file beside it")
+
+
+def _tensor_names(folder: Path) -> set[str]:
+    """The names in the safetensors files of `folder`, whose headers are checked against their sizes."""
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(regular_file(file), framework="pt") as tensors:
+                names |= set(tensors.keys())
+        except Exception as error:  # noqa: BLE001  (safetensors has its own class, beside OSError)
+            raise UserError(f"{file}: no safetensors file, or only a part of one ({first_line(error)})") from None
+    return names
+
+
+def load_config(path: str | Path) -> Any:
+    """The configuration of the model in a folder or of a hub id.
+
+    Raises:
+        UserError: there is none that loads, or the weights have fewer tensors than it has layers.
+    """
+    check_model_folder(path)
+    if Path(path).is_dir():
+        regular_file(Path(path) / "config.json")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        layers = config.get_text_config().num_hidden_layers
+    except Exception as error:  # noqa: BLE001  (a configuration can be wrong in any way)
+        raise UserError(f"{path}: no configuration can be loaded ({first_line(error)})") from None
+    names = _tensor_names(Path(path))
+    if names and layers > len(names):  # building so many would take for ever
+        raise UserError(f"{path}: config.json has {layers} layers, but the weights are {len(names)} tensors in all")
+    return config
+
+
+# ---- models ----
+
+
+def load_model(path: str | Path, dtype: torch.dtype | None = None, **more: Any) -> PreTrainedModel:
+    """A causal LM of a folder or hub id in `dtype` (default: the checkpoint's); no code of the checkpoint is run.
+
+    Raises:
+        UserError: there is no model that loads, or its weights are not those of its configuration.
+    """
+    load_config(path)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True, **more
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001  (configurations and weight files can be wrong in any way)
+        raise UserError(f"{path}: no model can be loaded ({first_line(error)})") from error
+    missing, extra = sorted(report["missing_keys"]), sorted(set(map(str, report["unexpected_keys"])))
+    extra = [name for name in extra if not name.endswith(BUFFERS)]
+    if missing or extra:
+        what = f"lack {missing[0]}" if missing else f"have {extra[0]}, which the model has not"
+        raise UserError(f"{path}: the weights do not fit config.json: they {what} ({len(missing + extra)} such names)")
+    return model
+
+
+# ---- adapters ----
+
+
+def adapter_weights(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter (`adapter_model.safetensors`, or the older `.bin`).
+
+    Raises:
+        UserError: there are none that load.
+    """
+    from peft import load_peft_weights
+
+    files = [Path(path) / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
+    file = next((file for file in files if file.exists() or file.is_symlink()), files[0])
+    regular_file(file)
+    try:
+        weights = load_peft_weights(str(path), device="cpu")
+    except Exception as error:  # noqa: BLE001  (files can be wrong in any way)
+        raise UserError(f"{file}: no adapter can be loaded ({first_line(error)})") from error
+    if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+        raise UserError(f"{file}: holds other things than tensors")
+    return weights
+
+
+def fill_adapter(model: Any, weights: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Give a PEFT model the `weights` of an adapter of the same shape, all of them.
+
+    Raises:
+        UserError: names a part that one of them lacks.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    wanted = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    if missing := sorted(wanted - weights.keys()):
+        raise UserError(f"{path}: the adapter's weights lack {missing[0]} ({len(missing)} such names)")
+    try:
+        result = set_peft_model_state_dict(model, weights)
+    except Exception as error:  # noqa: BLE001  (shapes and names can be wrong in any way)
+        raise UserError(f"{path}: the adapter does not fit ({first_line(error)})") from error
+    if result.unexpected_keys:
+        raise UserError(
+            f"{path}: the adapter has {result.unexpected_keys[0]}, the model has not (--lora_*, --base_model)"
+        )
+
+
+# ---- arrays ----
+
+
+def read_array(path: str | Path) -> np.ndarray:
+    """The numbers of a `.npy` file, float32; an archive or pickled objects are refused.
+
+    Raises:
+        UserError: it is no such file.
+    """
+    regular_file(path)
+    try:  # mapped: the size that the header names is compared with the file's before memory is asked for
+        array = np.lib.format.open_memmap(path, mode="r")
+        if array.dtype.kind not in "fiu":
+            raise ValueError(f"it holds {array.dtype} instead of real numbers")
+        return np.array(array, dtype=np.float32)
+    except Exception as error:  # noqa: BLE001  (numpy lets errors of Python's own tokenizer through)
+        raise UserError(f"{path}: no array can be loaded ({first_line(error)})") from None
