@@ -21,6 +21,7 @@ from adapters import merge_adapter
 from convert.folder import find_model
 from convert.hub import local_or_hub
 from data import RecData
+from item_vectors import read_item_vectors
 from tokenising import add_item_tokens, cut_as_in_2023, first_line, is_llamas, item_token_ids, load_tokenizer
 from trie import ItemTrie
 from utils import UserError, is_main
@@ -80,18 +81,7 @@ def rows_from_embeddings(path: Path, data: RecData, tokens: list[str], width: in
     Raises:
         UserError: the file is no finite array with a row for each item.
     """
-    try:
-        with open(path, "rb") as file:  # an array alone: not the archive that np.load takes too
-            vectors = np.lib.format.read_array(file, allow_pickle=False).astype(np.float32)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--init_item_tokens {path}: no array can be loaded ({first_line(error)})") from error
-    if vectors.ndim != 2 or len(vectors) != len(data.titles) or not np.isfinite(vectors).all():
-        raise UserError(
-            f"--init_item_tokens {path}: shape {vectors.shape}; needed: a row of finite numbers for each of "
-            f"the {len(data.titles)} items"
-        )
-    vectors -= vectors.mean(axis=0)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
+    vectors = read_item_vectors(path, len(data.titles))
     left, scale, _ = np.linalg.svd(vectors - vectors.mean(axis=0), full_matrices=False)
     parts = torch.from_numpy((left * scale)[:, :width])
     number = {token: place for place, token in enumerate(tokens)}
