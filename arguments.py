@@ -200,6 +200,13 @@ MIXTURE = (
         None,
         Role.TRAINING,
     ),
+    Flag(
+        "swap_items",
+        0.0,
+        "seqrec: share of the training items that an item like them (by --init_item_tokens) stands for, drawn in each epoch",
+        real(0, below=1),
+        Role.TRAINING,
+    ),
     Flag("valid_prompt_id", 0, "template of the validation (--no-sample_valid)", whole(0), Role.TRAINING),
     Flag("sample_valid", True, "validate each user with randomly drawn templates", None, Role.TRAINING),
     Flag("valid_prompt_sample_num", 2, "templates per user in the validation", whole(1), Role.TRAINING),

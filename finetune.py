@@ -33,6 +33,7 @@ import torch
 from arguments import add_data, add_global, add_train, comma_list, make_parser, parse_tasks
 from collator import IGNORE, TrainCollator
 from data import RecData, load_data
+from item_vectors import ItemSwap, read_item_vectors
 from processes import join_for_training, on_main
 from prompt_style import PromptStyle
 from provenance import notes_of
@@ -91,6 +92,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                 regular_file(getattr(args, flag))
             except UserError as error:
                 raise UserError(f"--{flag} {error}") from None
+    if args.swap_items and not args.init_item_tokens:
+        raise UserError("--swap_items needs item embeddings: --init_item_tokens F.npy")
     if args.select_by != "loss" and not args.eval_ranking:
         raise UserError(f"--select_by {args.select_by} needs --eval_ranking N")
     if args.train_new_rows_only and not args.lora:
@@ -122,6 +125,7 @@ def load_datasets(args: argparse.Namespace, style: PromptStyle) -> tuple[RecData
         args.seed,
         longest_history_only=args.longest_history_only,
         history_windows=args.history_windows,
+        swap=item_swap(args, len(data.titles)),
     )
     valid = ValidSet(
         data,
@@ -132,6 +136,13 @@ def load_datasets(args: argparse.Namespace, style: PromptStyle) -> tuple[RecData
         prompt_id=None if args.sample_valid else args.valid_prompt_id,
     )
     return data, train, valid
+
+
+def item_swap(args: argparse.Namespace, n_items: int) -> ItemSwap | None:
+    """What `--swap_items` asks for."""
+    if not args.swap_items:
+        return None
+    return ItemSwap(read_item_vectors(Path(args.init_item_tokens), n_items), args.swap_items)
 
 
 def training_arguments(args: argparse.Namespace) -> Any:

@@ -21,7 +21,8 @@ from adapters import merge_adapter
 from convert.folder import find_model
 from convert.hub import local_or_hub
 from data import RecData
-from reading import ADAPTER, adapter_weights, fill_adapter, load_model, read_array
+from item_vectors import read_item_vectors
+from reading import ADAPTER, adapter_weights, fill_adapter, load_model
 from tokenising import add_item_tokens, cut_as_in_2023, is_llamas, item_token_ids, load_tokenizer
 from trie import ItemTrie
 from utils import UserError, first_line, is_main
@@ -57,22 +58,7 @@ def rows_from_embeddings(path: Path, data: RecData, tokens: list[str], width: in
     Raises:
         UserError: the file is no finite array with a row for each item.
     """
-    try:
-        vectors = read_array(path)
-    except UserError as error:
-        raise UserError(f"--init_item_tokens {error}") from None
-    if (
-        vectors.ndim != 2
-        or vectors.shape[0] != len(data.titles)
-        or not vectors.shape[1]
-        or not np.isfinite(vectors).all()
-    ):
-        raise UserError(
-            f"--init_item_tokens {path}: shape {vectors.shape}; needed: a row of finite numbers for each of "
-            f"the {len(data.titles)} items"
-        )
-    vectors -= vectors.mean(axis=0)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
+    vectors = read_item_vectors(path, len(data.titles))
     left, scale, _ = np.linalg.svd(vectors - vectors.mean(axis=0), full_matrices=False)
     parts = torch.from_numpy((left * scale)[:, :width])
     number = {token: place for place, token in enumerate(tokens)}

@@ -5,6 +5,9 @@ A sample is made when it is asked for: what is kept in memory is a table of inte
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
 
 from data import RecData
@@ -35,6 +38,7 @@ class TrainSet:
         split: "valid" takes the validation samples of those tasks that have some.
         longest_history_only: of seqrec and fusionseqrec train on each user's longest history, not on every prefix of it.
         history_windows: of seqrec train on pieces of the whole training parts, cut at other places in each epoch.
+        swap: of seqrec, a user's items → the items that stand for them in this epoch (`item_vectors.ItemSwap`).
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class TrainSet:
         split: str = "train",
         longest_history_only: bool = False,
         history_windows: bool = False,
+        swap: Callable[[list[int], np.random.Generator], list[int]] | None = None,
     ):
         self.data, self.prompts, self.form, self.seed, self.epoch = data, prompts, form, seed, 0
         self.names = [name for name, _, _ in tasks]
@@ -56,10 +61,13 @@ class TrainSet:
         self._splits = [TASKS[name].splits.get(split, TASKS[name].splits["train"]) for name in self.names]
         self._sample = [each.sample for each in self._splits]
         self._longest, self._windows = longest_history_only, history_windows and form.max_his_len > 0
+        self._swap = swap
+        self._sources = [data] * len(tasks)
         self.rows = [self._rows_of(task) for task in range(len(tasks))]
         self.ends = np.cumsum([len(rows) * n for rows, n in zip(self.rows, self.repetitions, strict=True)])
         if not len(self):
             raise UserError("there is no training sample: every user has three interactions, which all are held out")
+        self._draw_sequences()
 
     def _rows_of(self, task: int) -> np.ndarray:
         """The rows of the task at this place in `names`: as many, and drawn alike, in every epoch."""
@@ -76,11 +84,20 @@ class TrainSet:
         return rows
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw other templates, and cut windows elsewhere: those of `epoch`, counted from 0."""
+        """Draw other templates, cut windows elsewhere and swap other items: those of `epoch`, counted from 0."""
         self.epoch = epoch
-        if self._windows and "seqrec" in self.names:
-            task = self.names.index("seqrec")
+        self._draw_sequences()
+
+    def _draw_sequences(self) -> None:
+        if "seqrec" not in self.names:
+            return
+        task = self.names.index("seqrec")
+        if self._windows:
             self.rows[task] = self._rows_of(task)
+        if self._swap is not None:
+            rng, inters = _random(self.seed, self.epoch, 1), self.data.inters
+            swapped = {user: [*self._swap(items[:-2], rng), *items[-2:]] for user, items in inters.items()}
+            self._sources[task] = replace(self.data, inters=swapped)
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -99,7 +116,7 @@ class TrainSet:
         name, repetitions = self.names[task], self.repetitions[task]
         row, repetition = divmod(number - (int(self.ends[task - 1]) if task else 0), repetitions)
         key = (self.seed, self.epoch, list(TASKS).index(name), row)
-        sample = self._sample[task](self.data, self.rows[task][row], self.form, _random(*key, 1 + repetition))
+        sample = self._sample[task](self._sources[task], self.rows[task][row], self.form, _random(*key, 1 + repetition))
         order = _template_order(self.templates[task], sample.slots, _random(*key, 0))
         template = order[repetition % len(order)]
         return {

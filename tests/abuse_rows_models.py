@@ -202,7 +202,7 @@ ADAPTERS = [
     _adapter("weights without the embedding", "adapter.*lack", weights(ADAPTED, _without("embed_tokens"))),
     _adapter("weights with a tensor more", "adapter.*extra", weights(ADAPTED, lambda t: t.update(extra=torch.ones(2)))),
     _adapter("weights of another shape", "adapter", weights(ADAPTED, _each(lambda t: torch.ones(3, 3)))),
-    _adapter("weights that are NaN", "not finite", weights(ADAPTED, _nan)),
+    _adapter("weights that are NaN", "NaN or inf", weights(ADAPTED, _nan)),
     _adapter(
         "weights in a pickle",
         "adapter",

@@ -65,7 +65,7 @@ def test_both_parts_have_their_length_and_held_out_items_play_no_part(toy):
 
 @pytest.mark.parametrize(
     ("more", "words"),
-    [(["--width", "0"], "--width"), (["--window", "0"], "--window"), (["--text", "no.npy"], "--text no.npy")],
+    [(["--width", "0"], "--width"), (["--window", "0"], "--window"), (["--text", "no.npy"], "no.npy: no such file")],
 )
 def test_mistakes_are_named(toy, more, words):
     with pytest.raises(UserError, match=words):
