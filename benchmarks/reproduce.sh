@@ -6,27 +6,17 @@
 #   ROWS="SEQ +PER random:+PER" STEPS=600 bash benchmarks/reproduce.sh      fewer rows, each trained for longer
 #
 # Rows add tasks one by one: SEQ seqrec | +MUT item2index, index2item | +ASY fusionseqrec | +ITE itemsearch | +PER preferenceobtain;
-# random:ROW is the same architecture and tokenizer from random weights. All rows take the same number of optimiser steps of 16
-# samples, at least half of them sequences, share data, RQ-VAE indices (two levels of 256 codes), the instruction frame and every setting, and are
-# tested on the same users. Nothing is chosen by results: the last weights count.
-# Settings: STEPS 120 | USERS 1000 (tested) | SHARE 1 | ROWS | SEED 42 | DATASET Office | SOURCE ../shared/data/$DATASET | WORK ./ckpt/reproduce
+# random:ROW is the same architecture and tokenizer from random weights. All rows take the same number of optimiser steps of
+# 16 samples, on Office half of them or more sequences, share data (descriptions cut at 240 characters, since a token takes 5 ms),
+# RQ-VAE indices (two levels of 256 codes), the instruction frame and every setting, and are tested on the same users. Nothing is
+# chosen by results: the last weights count.
+# Settings: STEPS 120 | USERS 1000 (tested) | SHARE 1 | ROWS | SEED 42 | WORK ./ckpt/reproduce
+#   DATASET Office | SOURCE ../shared/data/$DATASET
 #   FINETUNE_FLAGS: appended to finetune.py's, so they win (a change needs another WORK)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/env.sh
-setup_env requirements.txt
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"
-DATASET="${DATASET:-Office}"
-SOURCE="${SOURCE:-../shared/data/$DATASET}"
-SEED="${SEED:-42}"
-SHARE="${SHARE:-1}"
 ROWS="${ROWS:-SEQ +MUT +ASY +ITE +PER random:SEQ random:+PER}"
-part() { python -c "print(max($2, round($1 * $SHARE)))"; }
-STEPS="$(part "${STEPS:-120}" 2)"
-USERS="$(part "${USERS:-1000}" 10)"
-work="${WORK:-./ckpt/reproduce}/$DATASET"
-runs="$work/seed$SEED-$STEPS-steps"
-stem="$work/$DATASET/$DATASET"
 tasks=(seqrec item2index,index2item fusionseqrec itemsearch preferenceobtain)
 samples=(0 400,400 700 700 700)
 copies=(1 1,1 1 1 1)
@@ -48,11 +38,24 @@ mixture() {
 
 for row in $ROWS; do mixture "${row#random:}" > /dev/null; done
 
+setup_env requirements.txt
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"
+DATASET="${DATASET:-Office}"
+SOURCE="${SOURCE:-../shared/data/$DATASET}"
+SEED="${SEED:-42}"
+SHARE="${SHARE:-1}"
+part() { python -c "print(max($2, round($1 * $SHARE)))"; }
+STEPS="$(part "${STEPS:-120}" 2)"
+USERS="$(part "${USERS:-1000}" 10)"
+work="${WORK:-./ckpt/reproduce}/$DATASET"
+runs="$work/seed$SEED-$STEPS-steps"
+stem="$work/$DATASET/$DATASET"
 for kind in inter item; do
   [ -e "$SOURCE/$DATASET.$kind.json" ] || { echo "error: $SOURCE/$DATASET.$kind.json is missing (SOURCE, DATASET)" >&2; exit 2; }
-  mkdir -p "$work/$DATASET"
-  ln -sfn "$(realpath "$SOURCE/$DATASET.$kind.json")" "$stem.$kind.json"
 done
+mkdir -p "$work/$DATASET"
+ln -sfn "$(realpath "$SOURCE/$DATASET.inter.json")" "$stem.inter.json"
+if [ ! -e "$stem.item.json" ]; then python benchmarks/short_texts.py "$SOURCE/$DATASET.item.json" "$stem.item.json" --length 240; fi
 if [ ! -e "$stem.user.json" ]; then python data_process/user_texts.py --data_path "$work" --dataset "$DATASET"; fi
 if [ ! -e "$stem.emb-minilm-td.npy" ]; then
   python data_process/embed.py --data_path "$work" --dataset "$DATASET" --plm_name minilm --model_path "$(python data_process/fetch.py minilm)"
@@ -74,7 +77,7 @@ for row in $ROWS; do
       --data_path "$work" --dataset "$DATASET" --deepspeed none --bf16 --packing --no-gradient_checkpointing \
       $(mixture "${row#random:}") --longest_history_only --his_sep= --no_eos --init_item_tokens words \
       --per_device_batch_size 16 --gradient_accumulation_steps 1 --max_steps "$STEPS" --learning_rate 3e-4 \
-      --new_rows_learning_rate 1e-2 --warmup_ratio 0.05 --model_max_length 320 --logging_step 5 \
+      --new_rows_learning_rate 1e-2 --warmup_ratio 0.05 --model_max_length 384 --logging_step 5 \
       --save_and_eval_strategy steps --save_and_eval_steps 30 --save_total_limit 1 --valid_prompt_sample_num 1 ${FINETUNE_FLAGS:-}
     rm -rf "$run"/model/checkpoint-*
   fi
