@@ -172,7 +172,7 @@ def test_a_pretrained_model_from_gguf_goes_on_from_what_it_knows(tmp_path):
     assert len(ids) == 14 and tokenizer.convert_tokens_to_ids(ITEM_TOKENS) == ids == list(range(49152, 49166))
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     moved = (model.get_input_embeddings().weight - before.get_input_embeddings().weight.float()).abs().amax(1)
-    assert len(moved) == 49166 and bool((moved[ids] > 1e-5).all())
+    assert len(moved) == 49166 and bool((moved[ids] > 0).all())
     index = "".join(ITEM_TOKENS[i] for i in (0, 5, 11))
     assert tokenizer(index, add_special_tokens=False)["input_ids"] == [ids[i] for i in (0, 5, 11)]
 
