@@ -83,6 +83,11 @@ def gradients(
     return {name: torch.cat(tensors) for name, tensors in parts.items()}, figures
 
 
+def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The cosine between two flat tensors, in float64."""
+    return F.cosine_similarity(one.double(), other.double(), dim=0).item()
+
+
 def row(model: Any, tokenizer: Any, data: RecData, prompt_file: str | None, count: int, size: int) -> list[str]:
     """The figures of one start and one prompt, over `count` batches."""
     ids = torch.tensor(tokenizer.convert_tokens_to_ids(data.item_tokens))
@@ -92,7 +97,12 @@ def row(model: Any, tokenizer: Any, data: RecData, prompt_file: str | None, coun
         rough, _ = gradients(model, batch, ids, bf16=True)
         norms.append(torch.cat(list(exact.values())).norm().item())
         shares.append((exact["rows"].norm() / norms[-1]).item() ** 2)
-        angles.append([F.cosine_similarity(exact[name], rough[name], dim=0).item() for name in ("rows", "layers")])
+        angles.append(
+            [
+                F.cosine_similarity(exact[name].double(), rough[name].double(), dim=0).item()
+                for name in ("rows", "layers")
+            ]
+        )
         seen.append(figures)
     mean = {name: sum(figures[name] for figures in seen) / count for name in seen[0]}
     worst = [min(column) for column in zip(*angles, strict=True)]
