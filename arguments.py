@@ -215,9 +215,16 @@ TRAIN = (
     Flag(
         "init_item_tokens",
         None,
-        "item embeddings, (items, dim): a new token's row starts as the mean of its items'; drawn at random if absent",
+        "start of a new token's row: words, from the model's own rows for its items' titles, or a file of item embeddings, "
+        "(items, dim); drawn at random if absent",
         role=Role.FREE,
-        metavar="NPY",
+        metavar="words|NPY",
+    ),
+    Flag(
+        "new_rows_learning_rate",
+        None,
+        "peak learning rate of the item tokens' rows, as that of all other weights if absent",
+        real(0, above_low=True),
     ),
     Flag("optim", "adamw_torch", "a transformers optimiser name (adamw_torch, adamw_bnb_8bit, …)"),
     Flag("epochs", 4, "passes over the training samples", real(0, above_low=True)),

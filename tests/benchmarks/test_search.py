@@ -1,0 +1,132 @@
+"""Item search beside its references, harder queries, shorter texts, and the table of task rows."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_models import write_dataset
+
+from benchmarks import hard_queries, short_texts, task_table
+from data import load_data
+from samples import TestSet
+from tasks import HistoryFormat
+from utils import UserError, read_json, write_json
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("query", "title", "left"),
+    [
+        ("Looking for: printers with black ink.", "Printer, 2 pack", "Looking for: with black ink."),
+        ("a red pen", "Red pens", ""),
+        ("heavy-duty steel", "Duty free", "steel"),
+        ("a notebook", "", "a notebook"),
+    ],
+)
+def test_no_form_of_a_titles_word_is_left(query, title, left):
+    assert hard_queries.without_title(query, title) == left
+
+
+def test_harder_queries_change_nothing_else(tmp_path, capsys):
+    write_dataset(tmp_path / "data")
+    before = read_json(tmp_path / "data" / "Toy" / "Toy.user.json")
+    hard_queries.main(
+        ["--data_path", str(tmp_path / "data"), "--dataset", "Toy", "--target_path", str(tmp_path / "hard")]
+    )
+    after = read_json(tmp_path / "hard" / "Toy" / "Toy.user.json")
+    titles = load_data(str(tmp_path / "data"), "Toy").titles
+    for user, row in after["user_vague_intention"]["test"].items():
+        old = before["user_vague_intention"]["test"][user]
+        assert row["querys"] == [hard_queries.without_title(query, titles[row["item"]]) for query in old["querys"]]
+        row["querys"] = old["querys"]
+    assert after == before
+    assert load_data(str(tmp_path / "hard"), "Toy").titles == titles
+    with pytest.raises(UserError, match="is there already"):
+        hard_queries.main(
+            ["--data_path", str(tmp_path / "data"), "--dataset", "Toy", "--target_path", str(tmp_path / "hard")]
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "length", "wanted"),
+    [
+        ("one two three", 20, "one two three"),
+        ("one two three", 7, "one two"),
+        ("one two three", 8, "one two"),
+        ("abcdef", 3, "abc"),
+    ],
+)
+def test_texts_are_cut_at_a_blank(text, length, wanted):
+    assert short_texts.cut(text, length) == wanted
+
+
+def test_the_table_has_a_line_for_each_name_and_a_spread_over_files(tmp_path, capsys):
+    for name, value in (("a", 0.1), ("b", 0.3), ("c", 0.5)):
+        write_json(tmp_path / f"{name}.json", {"mean_results": {"hit@10": value}})
+    task_table.main([f"SEQ={tmp_path / 'a.json'}", f"SEQ={tmp_path / 'b.json'}", f"+MUT={tmp_path / 'c.json'}"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["| tasks | hit@10 |", "| --- | --- |", "| SEQ | 0.2000 ± 0.1414 |", "| +MUT | 0.5000 |"]
+    write_json(tmp_path / "a.json", [])
+    with pytest.raises(UserError, match="is no results file"):
+        task_table.main([f"SEQ={tmp_path / 'a.json'}"])
+
+
+def test_models_and_references_are_ranked_on_the_same_queries(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("bm25s", reason="benchmarks/requirements.txt")
+    from benchmarks import search
+
+    write_dataset(tmp_path)
+    data = load_data(str(tmp_path), "Toy", user_parts=("preference", "train", "test"))
+    np.save(tmp_path / "Toy" / "Toy.emb-minilm-td.npy", np.eye(len(data.titles), dtype=np.float32))
+    samples = TestSet(data, "itemsearch", HistoryFormat())
+    found = []
+
+    def nearest(vectors: np.ndarray, queries: list[str]) -> np.ndarray:
+        found.extend(queries)
+        return np.zeros((len(queries), 1), dtype=int)
+
+    monkeypatch.setattr(search, "nearest_lists", nearest)
+    lines = []
+    for number in (0, 3, 5):  # a right answer in the first, second and no place
+        target = samples[number].target
+        other = (target + 1) % len(data.titles)
+        items = {0: [target, other], 3: [other, target], 5: [other]}[number]
+        record = {
+            "prompt_id": 6,
+            "sample": number,
+            "user": samples[number].user,
+            "target": target,
+            "target_item": target,
+        }
+        lines.append(json.dumps({**record, "items": items, "scores": [-1.0] * len(items)}))
+    (tmp_path / "r.predictions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    search.main(["--data_path", str(tmp_path), "--dataset", "Toy", "--results", f"ours={tmp_path / 'r.json'}"])
+    assert found == [samples[number].slots["query"] for number in (0, 3, 5)]
+    assert "| ours | 0.3333 | 0.6667 | 0.6667 | 0.5436 | 0.5436 |" in capsys.readouterr().out
+    (tmp_path / "r.predictions.jsonl").write_text("\n".join(lines[:1] * 2) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match="several prompts"):
+        search.main(["--data_path", str(tmp_path), "--dataset", "Toy", "--results", f"ours={tmp_path / 'r.json'}"])
+
+
+def test_bm25_finds_the_text_with_the_querys_words():
+    pytest.importorskip("bm25s", reason="benchmarks/requirements.txt")
+    from benchmarks.search import bm25_lists
+
+    texts = [f"thing number{i} colour{i % 5}" for i in range(30)]
+    found = bm25_lists(texts, ["number7", "something colour3 number13"])
+    assert found.shape == (2, 20) and found[0, 0] == 7 and found[1, 0] == 13
+
+
+def test_an_unknown_row_is_one_line():
+    result = subprocess.run(
+        ["bash", str(ROOT / "benchmarks" / "reproduce.sh")],
+        env={"PATH": "/usr/bin:/bin", "ROWS": "SEQ +XYZ"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "no row +XYZ" in result.stderr
