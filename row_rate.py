@@ -18,7 +18,8 @@ class RowRate(TrainerCallback):
     def __init__(self, model: Any, ids: list[int], factor: float):
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
         self.weights = list({id(end.weight): end.weight for end in ends if end is not None}.values())
-        self.ids, self.factor, self.before = torch.tensor(ids), factor, []
+        self.ids, self.factor = torch.tensor(ids), factor
+        self.before: list[torch.Tensor] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **more: Any) -> None:
         """Hook into torch's optimiser, which accelerate wraps."""

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from arguments import make_parser
 from data import read_inters, read_items, read_users
-from data_process.user_texts import content_words
+from data_process.rule_texts import content_words
 from utils import UserError, read_json, run_main, say, write_json
 
 PARTS = re.compile(r"[^\W\d_]{2,}")  # of a word with hyphens each part

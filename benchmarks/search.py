@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from arguments import add_dataset, make_parser
 from data import RecData, load_data
-from data_process.embed import encode, load_encoder, longest_input
+from data_process.encoder import encode, load_encoder, longest_input
 from data_process.fetch import fetch
-from data_process.user_texts import content_words
+from data_process.rule_texts import content_words
 from metrics.ranking import means, rank_of
 from results import read_predictions
 from samples import TestSet
