@@ -1,9 +1,8 @@
 """A small made-up dataset with an untrained LLaMA for it: what the tests of scoring and recommending run on."""
 
-import json
 from pathlib import Path
 
-import numpy as np
+from toy_data import write_colliding_dataset
 
 import data_process.base_model
 from data import load_data
@@ -12,33 +11,7 @@ from modeling import prepare_base
 
 def make_world(folder: Path, items: int = 60, users: int = 23) -> Path:
     """Write `<folder>/toy/toy.*.json` and a checkpoint `<folder>/ckpt`; returns `folder`."""
-    rng = np.random.default_rng(0)
-    words = ["red", "blue", "old", "new", "small", "large", "lamp", "desk", "pen", "chair", "book", "clip"]
-    titles = [" ".join(rng.choice(words, 3)) + f" {item}" for item in range(items)]
-    indices = rng.integers(6, size=(items, 3))
-    indices[-2:] = indices[:2]  # four items share their indices
-    index = {str(i): [f"<{'abc'[level]}_{code}>" for level, code in enumerate(row)] for i, row in enumerate(indices)}
-    inters = {str(user): rng.integers(items, size=rng.integers(4, 20)).tolist() for user in range(users)}
-    inters["1"][-1] = items - 1  # a target that shares its index
-    texts = {
-        "user_explicit_preference": {user: [f"likes {word}" for word in rng.choice(words, 3)] for user in inters},
-        "user_vague_intention": {
-            split: {
-                user: {"item": row[at], "inters": row[:at], "querys": [f"wants {titles[row[at]]}", f"a {words[at]}"]}
-                for user, row in inters.items()
-            }
-            for split, at in (("train", -3), ("test", -1))
-        },
-    }
-    (folder / "toy").mkdir()
-    files = {
-        "inter": inters,
-        "item": {str(i): {"title": title, "description": f"A {title}."} for i, title in enumerate(titles)},
-        "index": index,
-        "user": texts,
-    }
-    for name, content in files.items():
-        (folder / f"toy/toy.{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    write_colliding_dataset(folder, items, users)
     flags = [
         "--data_path",
         str(folder),

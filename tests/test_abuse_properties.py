@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import conftest
 import numpy as np
 import pytest
+import toy_data
 from abuse_world import prompts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -100,14 +100,14 @@ def tried(function: Callable[..., Any], *args: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def toy_data(tmp_path_factory) -> Path:
-    return conftest.write_dataset(tmp_path_factory.mktemp("properties"))
+def toy_path(tmp_path_factory) -> Path:
+    return toy_data.write_dataset(tmp_path_factory.mktemp("properties"))
 
 
 @pytest.mark.parametrize("kind", ["inter", "item", "index", "user"])
 @EXAMPLES
 @given(draw=st.data())
-def test_files_of_a_dataset(toy_data, kind, draw):
+def test_files_of_a_dataset(toy_path, kind, draw):
     path = toy_data / f"Toy/Toy.{kind}.json"
     whole = path.read_bytes()
     try:
@@ -154,12 +154,12 @@ FILES: dict[str, tuple[str, Any, Callable[[Path], Any]]] = {
 @pytest.mark.parametrize("kind", FILES)
 @EXAMPLES
 @given(draw=st.data())
-def test_other_json_files(toy_data, tmp_path, kind, draw):
+def test_other_json_files(toy_path, tmp_path, kind, draw):
     name, content, read = FILES[kind]
     if content is None:
         if not (tmp_path / "whole").exists():
             (tmp_path / "whole").mkdir()
-            STYLE.save(tmp_path / "whole", load_data(str(toy_data), "Toy"))
+            STYLE.save(tmp_path / "whole", load_data(str(toy_path), "Toy"))
         raw = (tmp_path / "whole" / name).read_bytes()
     else:
         raw = json.dumps(content).encode()
@@ -233,7 +233,7 @@ def recommender(model, toy_data, tmp_path_factory) -> recommend.Recommender:
     from modeling import add_item_tokens
     from tokenising import load_tokenizer
 
-    data = load_data(str(toy_data), "Toy")
+    data = load_data(str(toy_path), "Toy")
     folder = tmp_path_factory.mktemp("served")
     tokenizer, net = load_tokenizer(model), load_model(model)
     grow_vocabulary(net, tokenizer, add_item_tokens(tokenizer, data.item_tokens))

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import write_dataset
+from toy_data import write_dataset
 
 from data_process import base_model
 

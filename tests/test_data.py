@@ -5,7 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import INDEX, INTERS, ITEMS, USERS, write_dataset
+from toy_data import INDEX, INTERS, ITEMS, USERS, write_dataset
 
 from data import USER_PARTS, load_data
 from prompt import Prompts, Template, load_prompts

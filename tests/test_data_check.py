@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import INDEX, INTERS, ITEMS, USERS, write_dataset
+from toy_data import INDEX, INTERS, ITEMS, USERS, write_dataset
 
 import data_check
 from utils import UserError

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_models import ARCHITECTURES, make_model, write_dataset
+from tiny_models import ARCHITECTURES, make_model
+from toy_data import write_drawn_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune
@@ -44,7 +45,7 @@ def prepared(folder: Path) -> tuple[torch.nn.Module, list[int]]:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_trains_and_reloads(name, tmp_path):
     make_model(name, tmp_path / "base")
-    write_dataset(tmp_path / "data")
+    write_drawn_dataset(tmp_path / "data")
     options = flags(tmp_path, "--only_train_response", *(["--packing"] if name != "qwen2" else []))
     finetune.main(options)
     model, tokenizer = (
@@ -114,7 +115,7 @@ def test_losses_over_all_tokens_are_those_of_a_plain_trainer_on_a_collation_by_h
     from transformers import Trainer
 
     make_model("llama", tmp_path / "base")
-    write_dataset(tmp_path / "data")
+    write_drawn_dataset(tmp_path / "data")
     more = ["--max_steps", "20", "--epochs", "9", "--learning_rate", "3e-3", "--loss_average", "token"]
     more += ["--only_train_response"] * only_response + ["--packing"] * packing
     ours = finetune.prepare(finetune.parse(flags(tmp_path, *more, out="ours")))
@@ -154,7 +155,7 @@ def test_a_pretrained_model_from_gguf_goes_on_from_what_it_knows(tmp_path):
     from data_process import base_model
 
     base_model.main(["smollm2", "--target", str(tmp_path / "base")])
-    write_dataset(tmp_path / "data")
+    write_drawn_dataset(tmp_path / "data")
     more = ["--tasks", "index2item", "--train_prompt_sample_num", "1", "--train_data_sample_num", "3", "--packing"]
     more += ["--only_train_response", "--learning_rate", "1e-4", "--gradient_accumulation_steps", "1"]
     more += ["--per_device_batch_size", "1"]
@@ -191,7 +192,7 @@ def loss_by_hand(model: torch.nn.Module, tokenizer: object, samples: list[dict])
 
 
 def test_validation_samples_of_tasks_stop_before_the_test_target(tmp_path):
-    write_dataset(tmp_path / "data")
+    write_drawn_dataset(tmp_path / "data")
     data = load_data(str(tmp_path / "data"), "Toy", user_parts=USER_PARTS)
     names = ["fusionseqrec", "preferenceobtain", "itemsearch", "index2item"]
     form = HistoryFormat(max_his_len=-1)
@@ -213,7 +214,7 @@ def test_validation_samples_of_tasks_stop_before_the_test_target(tmp_path):
 
 def test_loss_by_task_and_validation_in_the_log(tmp_path):
     make_model("llama", tmp_path / "base")
-    write_dataset(tmp_path / "data")
+    write_drawn_dataset(tmp_path / "data")
     more = ["--only_train_response", "--eval_ranking", "10", "--select_by", "ndcg@10", "--epochs", "3"]
     run = finetune.prepare(
         finetune.parse(flags(tmp_path, *more, "--report_to", "tensorboard", "--learning_rate", "3e-2"))
@@ -254,7 +255,7 @@ def test_every_process_ranks_in_as_many_passes_as_the_others(tmp_path, monkeypat
     from training import Ranking
 
     make_model("llama", tmp_path / "base")
-    write_dataset(tmp_path / "data")
+    write_drawn_dataset(tmp_path / "data")
     if ragged:
         path = tmp_path / "data/Toy/Toy.index.json"
         index = json.loads(path.read_text())
@@ -278,7 +279,7 @@ def test_every_process_ranks_in_as_many_passes_as_the_others(tmp_path, monkeypat
 
 def test_without_eos_samples_end_with_the_response_and_indices_end_by_themselves(tmp_path):
     make_model("llama", tmp_path / "base")
-    write_dataset(tmp_path / "data")
+    write_drawn_dataset(tmp_path / "data")
     tokenizer = load_tokenizer(tmp_path / "base")
     add_item_tokens(tokenizer, ITEM_TOKENS)
     sample = {"prompt": "desk ", "response": "<a_1><b_0>", "task": "seqrec"}

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import make_model, write_dataset
+from tiny_models import make_model
+from toy_data import write_drawn_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from utils import UserError
@@ -68,7 +69,7 @@ def run(*args: str, status: int = 0, **more: object) -> str:
 def world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finetune")
     make_model("llama", folder / "base")
-    write_dataset(folder / "data")
+    write_drawn_dataset(folder / "data")
     return folder
 
 
@@ -469,7 +470,7 @@ def test_only_the_new_rows_train(tmp_path, flags):
     from modeling import load_for_test
 
     make_model("llama", tmp_path / "base", hidden_size=64, intermediate_size=128, head_dim=16)
-    write_dataset(tmp_path / "data")
+    write_drawn_dataset(tmp_path / "data")
     own = [
         "--lora",
         "--train_new_rows_only",

@@ -10,7 +10,8 @@ import pytest
 import torch
 from record_batches import record
 from safetensors.torch import load_file
-from tiny_models import make_model, write_dataset
+from tiny_models import make_model
+from toy_data import write_drawn_dataset
 
 import finetune
 from resume import find_resume, missing_part
@@ -29,7 +30,7 @@ def flags(folder: Path, *more: str, out: str = "out") -> list[str]:
 def world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("stops")
     make_model("llama", folder / "base")
-    write_dataset(folder / "data")
+    write_drawn_dataset(folder / "data")
     return folder
 
 
@@ -67,7 +68,7 @@ def test_training_stops_at_the_first_loss_that_is_no_number_and_keeps_what_was(w
 
 def test_a_base_with_a_weight_that_is_no_number_is_said_at_the_first_step(tmp_path):
     model = make_model("llama", tmp_path / "base")
-    write_dataset(tmp_path / "data")
+    write_drawn_dataset(tmp_path / "data")
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
     model.save_pretrained(tmp_path / "base")

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import make_model, write_dataset
+from tiny_models import make_model
+from toy_data import write_drawn_dataset
 
 import finetune
 from data import load_data
@@ -36,7 +37,7 @@ def one_task(*more: str) -> list[str]:
 
 
 def test_rows_can_start_from_the_items_embeddings(tmp_path):
-    write_dataset(tmp_path / "data")
+    write_drawn_dataset(tmp_path / "data")
     data = load_data(str(tmp_path / "data"), "Toy")
     vectors = np.random.default_rng(0).normal(size=(len(data.titles), 6)).astype(np.float32)
     np.save(tmp_path / "e.npy", vectors)
@@ -59,7 +60,7 @@ def test_rows_can_start_from_the_items_embeddings(tmp_path):
 
 def test_rows_from_words_lie_as_far_from_the_models_mean_as_its_own_towards_their_items_titles(tmp_path):
     make_model("llama", tmp_path / "base")
-    write_dataset(tmp_path / "data")
+    write_drawn_dataset(tmp_path / "data")
     data, tokenizer = load_data(str(tmp_path / "data"), "Toy"), load_tokenizer(tmp_path / "base")
     own = load_model(tmp_path / "base").get_input_embeddings().weight.detach()[: len(tokenizer)].float() + 3.0
     rows = rows_from_words(own, tokenizer, data, [*data.item_tokens, "<z_9>"])
@@ -77,7 +78,7 @@ def test_rows_from_words_lie_as_far_from_the_models_mean_as_its_own_towards_thei
 @pytest.mark.parametrize("name", ["llama", "smollm"])  # a head of its own, and a tied one
 def test_the_prepared_base_has_them_in_embeddings_and_head(name, tmp_path):
     make_model(name, tmp_path / "base")
-    write_dataset(tmp_path / "data")
+    write_drawn_dataset(tmp_path / "data")
     data = load_data(str(tmp_path / "data"), "Toy")
     prepare_base(str(tmp_path / "base"), tmp_path / "ready", data.item_tokens, 0, start=("words", data))
     before, model = load_model(tmp_path / "base", torch.float32), load_model(tmp_path / "ready", torch.float32)
@@ -136,7 +137,7 @@ def test_a_rate_of_their_own_equals_two_groups_of_parameters(tied):
 def test_training_gives_the_new_rows_their_rate(tmp_path):
     """With a rate that moves nothing but the rows of the item tokens."""
     make_model("smollm", tmp_path / "base")
-    write_dataset(tmp_path / "data")
+    write_drawn_dataset(tmp_path / "data")
     rates = ["--learning_rate", "1e-9", "--new_rows_learning_rate", "1e-2", "--init_item_tokens", "words"]
     finetune.main(flags(tmp_path, *one_task(*rates, "--epochs", "1")))
     data = load_data(str(tmp_path / "data"), "Toy")
@@ -151,7 +152,7 @@ def test_training_gives_the_new_rows_their_rate(tmp_path):
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (["--init_item_tokens", "nowhere.npy"], "no such file, nor is it the word words"),
+        (["--init_item_tokens", "nowhere.npy"], "nowhere.npy: no such file"),
         (["--new_rows_learning_rate", "1e-3", "--lora"], "goes with whole weights and --deepspeed none alone"),
         (["--new_rows_learning_rate", "0"], "a number above 0"),
     ],

@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import INDEX, INTERS
+from toy_data import INDEX, INTERS
 
 from data import load_data
 from item_vectors import SHARPNESS, ItemSwap, read_item_vectors

@@ -17,7 +17,8 @@ from record_batches import record
 from safetensors.torch import load_file
 from test_finetune_models import prepared
 from test_finetune_run import free_port
-from tiny_models import make_model, write_dataset
+from tiny_models import make_model
+from toy_data import write_drawn_dataset
 from transformers import AutoTokenizer
 
 import finetune
@@ -95,7 +96,7 @@ def check_log(history: list[dict], wanted: list[tuple[float, float]], rel: float
 @pytest.fixture
 def world(tmp_path: Path) -> Path:
     make_model("llama", tmp_path / "base")
-    write_dataset(tmp_path / "data")
+    write_drawn_dataset(tmp_path / "data")
     return tmp_path
 
 

@@ -4,9 +4,9 @@ import json
 import math
 import re
 
-import conftest
 import numpy as np
 import pytest
+import toy_data
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -83,11 +83,11 @@ def flags_for(folder, data_path):
 def test_the_page_shows_a_run_and_no_title_becomes_markup(tmp_path):
     evil = "<script>alert(1)</script><img src=x>"
     items = {
-        **conftest.ITEMS,
+        **toy_data.ITEMS,
         "4": {"title": evil, "description": "a pen"},
         "3": {"title": "\u0000\u202e", "description": "x"},
     }
-    data_path = conftest.write_dataset(tmp_path / "data", item=items)
+    data_path = toy_data.write_dataset(tmp_path / "data", item=items)
     checkpoint = tmp_path / "ckpt" / "checkpoint-20"
     checkpoint.mkdir(parents=True)
     log = [{"step": 10, "loss": 2.0, "loss_$\\foo$": 1.9}, {"step": 20, "eval_loss": 1.5, "eval_hit@10": 0.2}]
@@ -145,7 +145,7 @@ def test_the_order_of_the_lines_plays_no_part(toy, tmp_path):
 
 
 def test_a_target_that_was_met_before_stays_in_the_list(tmp_path):
-    data_path = conftest.write_dataset(tmp_path / "data", inter={**conftest.INTERS, "1": [0, 3, 5, 4, 3]})
+    data_path = toy_data.write_dataset(tmp_path / "data", inter={**toy_data.INTERS, "1": [0, 3, 5, 4, 3]})
     write_run(tmp_path, {})
     run = scored_runs.read_run(tmp_path / "result.json", "x", load_data(str(data_path), "Toy"))
     assert run.ranks.tolist() == [[0, 1, -1, 2]] and run.unseen.tolist() == [[0, 0, -1, 0]]  # user 1: 0 was met, 3 too

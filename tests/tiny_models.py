@@ -1,13 +1,12 @@
-"""Tiny models of the architectures that fine-tuning must handle, made from their configurations, and a small dataset."""
+"""Tiny models of the architectures that fine-tuning must handle, made from their configurations."""
 
 from __future__ import annotations
 
-import json
-import random
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from toy_data import title
 from transformers import (
     AutoModelForCausalLM,
     GemmaConfig,
@@ -51,12 +50,6 @@ def corpus() -> list[str]:
 
     texts = [template["instruction"] for rows in prompt.all_prompt.values() for template in rows]
     return [*texts, prompt.sft_prompt, *(title(i) for i in range(40))]
-
-
-def title(item: int) -> str:
-    """The title of an item of `write_dataset`."""
-    words = ("red", "blue", "small", "steel", "paper", "desk", "lamp", "pen", "box", "chair")
-    return f"{words[item % 10]} {words[(item * 7 + 3) % 10]} no {item}"
 
 
 def make_tokenizer(kind: str) -> PreTrainedTokenizerFast:
@@ -104,33 +97,3 @@ def make_model(name: str, target: Path, seed: int = 0, **changes: object) -> Pre
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     return model
-
-
-def write_dataset(folder: Path, name: str = "Toy", users: int = 24, items: int = 30, seed: int = 0) -> Path:
-    """A dataset with every file of the six tasks in `folder/name/`; returns `folder`."""
-    draw = random.Random(seed)
-    target = folder / name
-    target.mkdir(parents=True)
-    inters = {str(u): draw.sample(range(items), draw.randint(4, 9)) for u in range(users)}
-    intention = {
-        u: {"item": row[-3], "inters": row[:-3], "querys": [f"something {row[-3]}", "a good thing"]}
-        for u, row in inters.items()
-    }
-    test = {
-        u: {"item": row[-1], "inters": row[:-1], "querys": [f"something {row[-1]}", "a good thing"]}
-        for u, row in inters.items()
-    }
-    files = {
-        "inter": inters,
-        "item": {
-            str(i): {"title": title(i), "description": f"This is the {title(i)}, made to last."} for i in range(items)
-        },
-        "index": {str(i): [f"<a_{i % 5}>", f"<b_{i // 5}>", f"<c_{i % 3}>"] for i in range(items)},
-        "user": {
-            "user_explicit_preference": {u: ["likes red things", "wants it small"] for u in inters},
-            "user_vague_intention": {"train": intention, "test": test},
-        },
-    }
-    for kind, content in files.items():
-        (target / f"{name}.{kind}.json").write_text(json.dumps(content))
-    return folder

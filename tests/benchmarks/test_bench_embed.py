@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from conftest import write_dataset
 from tiny_models import make_model
+from toy_data import write_dataset
 
 from benchmarks import bench_embed
 

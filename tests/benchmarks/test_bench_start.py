@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from tiny_models import make_model, write_dataset
+from tiny_models import make_model
+from toy_data import write_drawn_dataset
 
 from benchmarks import bench_start
 
 
 def test_each_start_and_prompt_has_a_line(tmp_path, capsys):
     make_model("smollm", tmp_path / "base")
-    write_dataset(tmp_path / "data")
+    write_drawn_dataset(tmp_path / "data")
     flags = ["--data_path", str(tmp_path / "data"), "--dataset", "Toy", "--base_model", str(tmp_path / "base")]
     bench_start.main([*flags, "--batches", "2", "--batch_size", "3"])
     rows = [

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import write_dataset
+from toy_data import write_drawn_dataset
 
 from benchmarks import hard_queries, short_texts, task_table
 from data import load_data
@@ -33,7 +33,7 @@ def test_no_form_of_a_titles_word_is_left(query, title, left):
 
 
 def test_harder_queries_change_nothing_else(tmp_path, capsys):
-    write_dataset(tmp_path / "data")
+    write_drawn_dataset(tmp_path / "data")
     before = read_json(tmp_path / "data" / "Toy" / "Toy.user.json")
     hard_queries.main(
         ["--data_path", str(tmp_path / "data"), "--dataset", "Toy", "--target_path", str(tmp_path / "hard")]
@@ -80,7 +80,7 @@ def test_models_and_references_are_ranked_on_the_same_queries(tmp_path, capsys, 
     pytest.importorskip("bm25s", reason="benchmarks/requirements.txt")
     from benchmarks import search
 
-    write_dataset(tmp_path)
+    write_drawn_dataset(tmp_path)
     data = load_data(str(tmp_path), "Toy", user_parts=("preference", "train", "test"))
     np.save(tmp_path / "Toy" / "Toy.emb-minilm-td.npy", np.eye(len(data.titles), dtype=np.float32))
     samples = TestSet(data, "itemsearch", HistoryFormat())

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import INTERS
+from toy_data import INTERS
 
 from data_process import behaviour
 from utils import UserError

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import INTERS, write_dataset
+from toy_data import INTERS, write_dataset
 
 from data_process import to_recbole
 from data_process.fetch import cache_folder, fetch

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from chat_server import GOOD, ChatServer, stall
-from conftest import INTERS, ITEMS
 from tiny_models import make_model
+from toy_data import INTERS, ITEMS
 
 import provenance
 from data import load_data
