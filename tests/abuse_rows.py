@@ -291,7 +291,7 @@ PLACES = [
     ),
     Abuse("a file for the output folder", "finetune", "is there and is no folder", write("out", b"x")),
     Abuse("a loop for the output folder", "finetune", "is there and is no folder", loop("out")),
-    Abuse("a lock that is a folder", "finetune", "--output_dir .*cannot be written", folder("out/.lock")),
+    Abuse("a lock that is a folder", "finetune", "out: cannot be made", folder(".out.lock")),
     Abuse(
         "the base model as the output folder", "finetune", "base model's own folder", flags=("--output_dir", "{w}/base")
     ),

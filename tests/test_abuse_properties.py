@@ -108,11 +108,11 @@ def toy_path(tmp_path_factory) -> Path:
 @EXAMPLES
 @given(draw=st.data())
 def test_files_of_a_dataset(toy_path, kind, draw):
-    path = toy_data / f"Toy/Toy.{kind}.json"
+    path = toy_path / f"Toy/Toy.{kind}.json"
     whole = path.read_bytes()
     try:
         path.write_bytes(draw.draw(spoilt(whole)))
-        data = tried(load_data, str(toy_data), "Toy", ".index.json", USER_PARTS)
+        data = tried(load_data, str(toy_path), "Toy", ".index.json", USER_PARTS)
         if data is not None:  # it is as good as any other
             assert all(len(items) >= 3 for items in data.inters.values())
             assert len(data.titles) == len(data.indices) == len(data.canonical)
@@ -229,7 +229,7 @@ def test_weights(model, tmp_path, start, more):
 
 
 @pytest.fixture(scope="module")
-def recommender(model, toy_data, tmp_path_factory) -> recommend.Recommender:
+def recommender(model, toy_path, tmp_path_factory) -> recommend.Recommender:
     from modeling import add_item_tokens
     from tokenising import load_tokenizer
 
