@@ -168,6 +168,8 @@ class RunFolder:
         Raises:
             UserError: another process trains here, or the folder cannot be written to.
         """
+        if os.path.lexists(self.path) and not self.path.is_dir():
+            raise UserError(f"--output_dir {self.path}: is there and is no folder")
         with locked(self.path):
             try:
                 self.path.mkdir(parents=True, exist_ok=True)

@@ -283,7 +283,7 @@ PLACES = [
             ("report", "--table_file", "r.table.md"),
         )
         for where, told, broken in (
-            (f"/proc/nowhere/{name}", rf"{flag}.*/proc/nowhere|/proc/nowhere.*cannot be written", None),
+            (f"/proc/nowhere/{name}", rf"{flag}.*/proc/nowhere|/proc/nowhere.*cannot be (written|made)", None),
             (f"{{w}}/requests.jsonl/{name}", r"requests\.jsonl", None),
             (f"{{w}}/loop/{name}", "loop", loop("loop")),
             (f"{{w}}/{'x' * 300}/{name}", "File name too long", None),
