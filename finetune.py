@@ -44,7 +44,7 @@ from run_folder import FINAL, LOG, PREPARED, RECORD, TENSORBOARD, RunFolder, Run
 from samples import TaskValidSet, TrainSet, ValidSet
 from tasks import TASKS
 from training_settings import (
-    check_names,
+    check_choices,
     check_optimizer,
     check_trackers,
     complete_deepspeed,
@@ -82,7 +82,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.fp16 and not torch.cuda.is_available():
         raise UserError("--fp16 needs a GPU; use --bf16 or neither on the CPU")
     quiet()
-    check_names(args)
+    check_choices(args)
     check_trackers(args.report_to)
     if args.deepspeed.lower() == "none":
         args.deepspeed = None
