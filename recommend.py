@@ -37,6 +37,7 @@ from modeling import DTYPES, find_checkpoint, item_trie, load_for_test
 from processes import pick_device
 from prompt import Template
 from prompt_style import PromptStyle, check_same_items, choose_style, saved_items
+from quiet import silence_libraries
 from scoring import Scorer, check_length
 from testing import answers_with_item
 from utils import UserError, parse_json, regular_file, run_main, say, set_seed
@@ -332,6 +333,7 @@ def respond(
 def main(argv: list[str] | None = None) -> None:
     """Load the model, answer what the command line asks, then the requests of `--requests`."""
     args, given = parse_command(argv)
+    silence_libraries()
     set_seed(args.seed)
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers alone
         folder = Path(find_checkpoint(args.ckpt_path, args.lora))

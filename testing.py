@@ -21,6 +21,7 @@ from processes import join_for_scoring, on_main, pick_device
 from prompt import SLOT, Prompts, Template
 from prompt_style import PromptStyle, check_same_items, choose_style
 from provenance import notes_of
+from quiet import silence_libraries
 from results import Expected, Store, check_metrics, too_long
 from run_folder import model_fingerprint
 from samples import TestSet
@@ -44,6 +45,7 @@ def test_checkpoint(description: str, argv: list[str] | None, single: bool) -> d
         add(parser)
     args, given = parse_given(parser, argv)
     task = check_flags(args, single)
+    silence_libraries()
     join_for_scoring()
     device = pick_device(args.gpu_id if single else None)
     set_seed(args.seed)

@@ -10,7 +10,7 @@ from arguments import comma_list
 from utils import UserError, first_line, read_json, world_size
 
 
-def check_names(args: argparse.Namespace) -> None:
+def check_known_names(args: argparse.Namespace) -> None:
     """Refuse an optimiser or a schedule that transformers does not know. Raises UserError."""
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames

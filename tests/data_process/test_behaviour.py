@@ -37,7 +37,7 @@ def test_items_that_met_few_borrow_from_items_of_like_text():
     for item in range(4):
         for other in known:
             if other != item:
-                means[item] += np.exp(behaviour.SHARPNESS * text[item] @ text[other]) * own[other]
+                means[item] += np.exp(behaviour._SHARPNESS * text[item] @ text[other]) * own[other]
     means = behaviour.unit_rows(means)
     for item, degree in enumerate(degrees):
         expected = degree / (1 + degree) * own[item] + means[item] / (1 + degree)
