@@ -34,7 +34,8 @@ from utils import (
     write_json,
 )
 
-_PARTIAL = re.compile(r"part-\d{5,}\.jsonl|\.?(config\.json|token|anew\.json)(\..*)?")  # what lies in the partial folder
+# what lies in the partial folder
+_PARTIAL = re.compile(r"part-\d{5,}\.jsonl|\.?(config\.json|token|anew\.json)(\..*)?")
 ANEW = "anew.json"  # in the partial folder: the earlier predictions are to be replaced (--restart)
 
 # ---- metrics of ranked lists ----
