@@ -404,11 +404,12 @@ def add_test(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_given(parser: argparse.ArgumentParser, argv: list[str] | None) -> tuple[argparse.Namespace, frozenset[str]]:
-    """The arguments, and which of the `PROMPT` flags the user gave (the others have their defaults)."""
+    """The arguments, and which of the flags that a model may answer itself (`PROMPT`, dataset, base) the user gave."""
     absent = object()
-    args = parser.parse_args(argv, argparse.Namespace(**{flag.name: absent for flag in PROMPT}))
-    given = frozenset(flag.name for flag in PROMPT if getattr(args, flag.name) is not absent)
-    for flag in PROMPT:
+    flags = [*PROMPT, *(flag for flag in (*GLOBAL, *DATASET) if flag.name in ("dataset", "base_model"))]
+    args = parser.parse_args(argv, argparse.Namespace(**{flag.name: absent for flag in flags}))
+    given = frozenset(flag.name for flag in flags if getattr(args, flag.name) is not absent)
+    for flag in flags:
         if flag.name not in given:
             setattr(args, flag.name, flag.default)
     return args, given

@@ -16,10 +16,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +36,7 @@ from item_vectors import ItemSwap, read_item_vectors
 from processes import join_for_training, on_main
 from prompt_style import PromptStyle
 from provenance import notes_of
+from quiet import silence_libraries
 from regularise import add_dropout
 from resume import find_resume
 from run_folder import FINAL, LOG, PREPARED, RECORD, TENSORBOARD, RunFolder, RunRecord, model_fingerprint
@@ -57,19 +56,6 @@ OWN_TENSORBOARD_DIR = "TENSORBOARD_LOGGING_DIR" in os.environ  # else each run o
 CHECKED = 64  # samples of each task whose length is looked at
 
 
-def quiet() -> None:
-    """Silence what libraries say about themselves on every step, and progress bars where there is no terminal."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*past_key_values.*|.*use_cache=True.*|.*lr_scheduler.step.*")
-    for name in ("bitsandbytes", "DeepSpeed", "deepspeed", "accelerate", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The arguments, checked as far as that needs no file of the dataset."""
     parser = make_parser(__doc__)
@@ -81,7 +67,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--fp16 and --bf16 exclude each other")
     if args.fp16 and not torch.cuda.is_available():
         raise UserError("--fp16 needs a GPU; use --bf16 or neither on the CPU")
-    quiet()
+    silence_libraries()
     check_choices(args)
     check_trackers(args.report_to)
     if args.deepspeed.lower() == "none":
@@ -296,7 +282,7 @@ def prepare(args: argparse.Namespace, trainer_of: Callable[[Run], Any] | None = 
     Raises:
         UserError: whatever is wrong with files or flags, before anything expensive begins.
     """
-    quiet()
+    silence_libraries()
     from modeling import parameter_report
 
     join_for_training(bool(args.deepspeed))

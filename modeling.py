@@ -25,7 +25,7 @@ from item_rows import start_rows
 from reading import ADAPTER, adapter_weights, fill_adapter, load_model
 from tokenising import add_item_tokens, cut_as_in_2023, is_llamas, item_token_ids, load_tokenizer
 from trie import ItemTrie
-from utils import UserError, first_line, is_main
+from utils import UserError, first_line, is_main, read_json, say
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -227,6 +227,15 @@ def find_checkpoint(ckpt_path: str, lora: bool = False) -> str:
     Raises:
         UserError: there is no such folder, or what it holds is something else.
     """
+    ckpt_path = _checkpoint_folder(ckpt_path)
+    if not lora and os.path.lexists(Path(ckpt_path) / ADAPTER) and not (Path(ckpt_path) / "config.json").is_file():
+        raise UserError(f"{ckpt_path}: is a LoRA adapter; add --lora and --base_model")
+    if lora and not os.path.lexists(Path(ckpt_path) / ADAPTER):
+        raise UserError(f"{ckpt_path}: holds no LoRA adapter (no adapter_config.json); leave --lora out")
+    return ckpt_path
+
+
+def _checkpoint_folder(ckpt_path: str) -> str:
     if "/" not in ckpt_path and not Path(ckpt_path).is_dir():  # what is fine-tuned has an owner on the hub
         raise UserError(f"{ckpt_path}: no such folder (--ckpt_path)")
     ckpt_path = local_or_hub(ckpt_path, "--ckpt_path")
@@ -236,11 +245,27 @@ def find_checkpoint(ckpt_path: str, lora: bool = False) -> str:
         ckpt_path = download(ckpt_path)
     if not any(Path(ckpt_path).glob("*config.json")):
         raise UserError(f"{ckpt_path}: holds no model (no config.json)")
-    if not lora and os.path.lexists(Path(ckpt_path) / ADAPTER) and not (Path(ckpt_path) / "config.json").is_file():
-        raise UserError(f"{ckpt_path}: is a LoRA adapter; add --lora and --base_model")
-    if lora and not os.path.lexists(Path(ckpt_path) / ADAPTER):
-        raise UserError(f"{ckpt_path}: holds no LoRA adapter (no adapter_config.json); leave --lora out")
     return ckpt_path
+
+
+def find_with_base(ckpt_path: str, lora: bool, base_model: str, given: frozenset[str]) -> tuple[str, bool, str]:
+    """`find_checkpoint`, whether it is an adapter, and its base: the one that the adapter names if the user gave none.
+
+    Args:
+        given: the flags that the user gave (`arguments.parse_given`).
+    """
+    if "base_model" in given:
+        return find_checkpoint(ckpt_path, lora), lora, base_model
+    folder = Path(_checkpoint_folder(ckpt_path))
+    if os.path.lexists(folder / ADAPTER) and (lora or not (folder / "config.json").is_file()):
+        content = read_json(folder / ADAPTER)
+        named = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+        with contextlib.suppress(UserError):  # the base is not there: refused as if it were not named
+            if isinstance(named, str) and named and "\0" not in named:
+                local_or_hub(named)
+                say(f"note: --lora --base_model {named}, as {folder / ADAPTER} says")
+                return str(folder), True, named
+    return find_checkpoint(str(folder), lora), lora, base_model
 
 
 def load_for_test(

@@ -65,6 +65,8 @@ def saved_style(folder: Path) -> PromptStyle | None:
             raise UserError(f"{path}: {key!r} must be of the type {kind.__name__}")
     if content["max_his_len"] < -1:
         raise UserError(f"{path}: 'max_his_len' is {str(content['max_his_len'])[:40]}; it must be -1 or more")
+    if Path(content["dataset"]).name != content["dataset"]:
+        raise UserError(f"{path}: 'dataset' must be the name of a folder")
     prompts = checked_prompts(str(path), content.get("sft_prompt"), content.get("all_prompt"))
     form = HistoryFormat(content["max_his_len"], content["add_prefix"], content["his_sep"])
     return PromptStyle(prompts, form, content["no_eos"], content["dataset"])
@@ -75,12 +77,16 @@ def choose_style(folder: Path, args: Any, given: frozenset[str]) -> PromptStyle:
 
     Args:
         folder: the checkpoint's.
-        args: has the flags of `arguments.PROMPT`.
+        args: has the flags of `arguments.PROMPT`, and `dataset`, which the model names too.
         given: those of them that the user gave (`arguments.parse_given`).
     """
     own = saved_style(folder)
     if own is None:
+        say(f"note: {folder} does not say how it wants to be asked; using the flags")
         return PromptStyle.of_flags(args)
+    if "dataset" not in given and own.dataset not in ("", args.dataset):
+        say(f"note: --dataset {own.dataset}, as {folder / STYLE} says")
+        args.dataset = own.dataset
     saved = {**vars(own.form), "no_eos": own.no_eos}
     for flag, value in saved.items():
         if flag not in given:

@@ -33,10 +33,11 @@ from arguments import MODEL, add_data, add_flags, add_global, make_parser, parse
 from collator import encode_prompts
 from data import RecData, clean_title, load_data
 from decoding import pack_linears
-from modeling import DTYPES, find_checkpoint, item_trie, load_for_test
+from modeling import DTYPES, find_with_base, item_trie, load_for_test
 from processes import pick_device
 from prompt import Template
 from prompt_style import PromptStyle, check_same_items, choose_style, saved_items
+from quiet import silence_libraries
 from scoring import Scorer, check_length
 from testing import answers_with_item
 from utils import UserError, parse_json, regular_file, run_main, say, set_seed
@@ -53,34 +54,15 @@ class Request:
     echo: dict[str, Any] = field(default_factory=dict)  # comes back with the answer
 
 
-class Recommender:
-    """A loaded model that answers requests.
+class Reader:
+    """Makes requests of what users write; needs no model.
 
     Args:
         data: the dataset whose items are recommended.
-        style: the templates and the form of a history.
-        prompt_id: the template of seqrec (for histories) or itemsearch (for queries); by default the first that fits.
-        num_beams: beams; more are taken where a request needs them to fill its list.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        data: RecData,
-        style: PromptStyle,
-        num_beams: int = 20,
-        prompt_id: int | None = None,
-    ):
-        self.data, self.prompts, self.form = data, style.prompts, style.form
-        self.num_beams, self.prompt_id = num_beams, prompt_id
-        self.scorer = Scorer(model, tokenizer, item_trie(tokenizer, data, style.no_eos), num_beams)
-        self.shared: Template | None = None  # the template whose beginning the scorer holds
-        self.alike: dict[int, list[int]] = defaultdict(list)  # lowest id → all items with its index
-        for item, first in enumerate(data.canonical):
-            self.alike[first].append(item)
-
-    # ---- from what users write to requests ----
+    def __init__(self, data: RecData):
+        self.data = data
 
     @cached_property
     def _by_title(self) -> dict[str, int]:
@@ -155,7 +137,34 @@ class Recommender:
             echo["history"] = history
         return Request(history, query, top_k, exclude, echo)
 
-    # ---- from requests to answers ----
+
+class Recommender(Reader):
+    """A loaded model that answers requests.
+
+    Args:
+        data: the dataset whose items are recommended.
+        style: the templates and the form of a history.
+        prompt_id: the template of seqrec (for histories) or itemsearch (for queries); by default the first that fits.
+        num_beams: beams; more are taken where a request needs them to fill its list.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        data: RecData,
+        style: PromptStyle,
+        num_beams: int = 20,
+        prompt_id: int | None = None,
+    ):
+        super().__init__(data)
+        self.prompts, self.form = style.prompts, style.form
+        self.num_beams, self.prompt_id = num_beams, prompt_id
+        self.scorer = Scorer(model, tokenizer, item_trie(tokenizer, data, style.no_eos), num_beams)
+        self.shared: Template | None = None  # the template whose beginning the scorer holds
+        self.alike: dict[int, list[int]] = defaultdict(list)  # lowest id → all items with its index
+        for item, first in enumerate(data.canonical):
+            self.alike[first].append(item)
 
     def template(self, request: Request) -> Template:
         """The template for `request`.
@@ -263,6 +272,8 @@ def items_to_recommend(args: argparse.Namespace, folder: Path) -> RecData:
     """The dataset if `--data_path` names one, else the items that the model's folder knows."""
     if not args.data_path and (known := saved_items(folder)):
         return known
+    if not args.data_path and not Path(args.dataset).is_dir():
+        raise UserError(f"{folder}: knows no items (no item_index.json); give --data_path and --dataset")
     data = load_data(args.data_path, args.dataset, args.index_file)
     check_same_items(folder, data, args.allow_other_index)
     return data
@@ -271,7 +282,8 @@ def items_to_recommend(args: argparse.Namespace, folder: Path) -> RecData:
 def asked(args: argparse.Namespace, data: RecData) -> Iterator[dict[str, Any]]:
     """The requests of the command line itself."""
     if args.users:
-        users = data.user_ids if args.users == "all" else [user.strip() for user in args.users.split(",")]
+        everyone = args.users == "all" and data.inters
+        users = data.user_ids if everyone else [user.strip() for user in args.users.split(",")]
         yield from ({"user": user} for user in users)
     yield from ({"history": history} for history in args.history or [])
     yield from ({"query": query} for query in args.query or [])
@@ -332,17 +344,20 @@ def respond(
 def main(argv: list[str] | None = None) -> None:
     """Load the model, answer what the command line asks, then the requests of `--requests`."""
     args, given = parse_command(argv)
+    silence_libraries()
     set_seed(args.seed)
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers alone
-        folder = Path(find_checkpoint(args.ckpt_path, args.lora))
+        found, args.lora, args.base_model = find_with_base(args.ckpt_path, args.lora, args.base_model, given)
+        folder = Path(found)
         style = choose_style(folder, args, given)
         data = items_to_recommend(args, folder)
+        reader = Reader(data)
+        requests = [reader.request(content, args.top_k, args.exclude_history) for content in asked(args, data)]
         device = pick_device(args.gpu_id)
         model, tokenizer = load_for_test(folder, args.base_model, args.lora, device, DTYPES.get(args.dtype))
         pack_linears(model)
     recommender = Recommender(model, tokenizer, data, style, args.num_beams, args.prompt_id)
     table = sys.stdout.isatty() if args.format == "auto" else args.format == "table"
-    requests = [recommender.request(content, args.top_k, args.exclude_history) for content in asked(args, data)]
     for request in requests:
         recommender.check(request)
     for start in range(0, len(requests), args.batch_size):

@@ -26,7 +26,7 @@ from scored_runs import Scored
 Compared = tuple[str, np.ndarray, str]  # name, ranks (…, users), line style
 MARK = '<meta name="generator" content="LC-Rec report.py">'
 SHOWN_HISTORY, SHOWN_ITEMS, BINS = 6, 5, 5
-STYLE = """
+CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
 h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem } svg, img { max-width: 100%; height: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums } td, th { padding: .25rem .75rem; text-align: left;
@@ -62,7 +62,7 @@ def page(data: RecData, runs: list[Scored], references: dict[str, np.ndarray], r
         examples(data, runs[0]),
         settings_part(runs),
     ]
-    head = f'<meta charset="utf-8">{MARK}<title>{html.escape(title)}</title><style>{STYLE}</style>'
+    head = f'<meta charset="utf-8">{MARK}<title>{html.escape(title)}</title><style>{CSS}</style>'
     head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{distinct_ids("".join(parts))}</body></html>\n'
 

@@ -16,11 +16,12 @@ import torch
 from arguments import Role, add_data, add_global, add_test, comma_list, make_parser, parse_given, with_role
 from data import RecData, load_data
 from decoding import pack_linears
-from modeling import DTYPES, find_checkpoint, item_trie, load_for_test
+from modeling import DTYPES, find_with_base, item_trie, load_for_test
 from processes import join_for_scoring, on_main, pick_device
 from prompt import SLOT, Prompts, Template
 from prompt_style import PromptStyle, check_same_items, choose_style
 from provenance import notes_of
+from quiet import silence_libraries
 from results import Expected, Store, check_metrics, too_long
 from run_folder import model_fingerprint
 from samples import TestSet
@@ -44,13 +45,17 @@ def test_checkpoint(description: str, argv: list[str] | None, single: bool) -> d
         add(parser)
     args, given = parse_given(parser, argv)
     task = check_flags(args, single)
+    silence_libraries()
     join_for_scoring()
     device = pick_device(args.gpu_id if single else None)
     set_seed(args.seed)
-    data = load_data(args.data_path, args.dataset, args.index_file, TASKS[task].splits["test"].user_parts)
-    folder = Path(on_main(lambda: find_checkpoint(args.ckpt_path, args.lora)))
-    check_same_items(folder, data, args.allow_other_index)
+    found, args.lora, args.base_model = on_main(
+        lambda: find_with_base(args.ckpt_path, args.lora, args.base_model, given)
+    )
+    folder = Path(found)
     style = choose_style(folder, args, given)
+    data = load_data(args.data_path, args.dataset, args.index_file, TASKS[task].splits["test"].user_parts)
+    check_same_items(folder, data, args.allow_other_index)
     prompt_ids = choose_prompts(style.prompts, task, args.test_prompt_ids)
     samples = TestSet(data, task, style.form, seed=args.seed)
     numbers = choose_samples(len(samples), args.sample_num, args.seed)

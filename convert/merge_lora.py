@@ -36,6 +36,7 @@ from convert.folder import (
 )
 from convert.weights import Weights, all_finite, is_old_buffer
 from folders import new_folder
+from quiet import silence_libraries
 from utils import UserError, run_main, say, versions, write_json
 
 
@@ -107,6 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--base-model-path", help="base model: folder or hub id (default: what the adapter names)")
     parser.add_argument("--dtype", choices=FLOATS, help="type of the result (default: the base's)")
     args = parser.parse_args(argv)
+    silence_libraries()
     adapter = find_model(args.adapter_path)
     named = args.base_model_path or adapter.json("adapter_config.json").get("base_model_name_or_path")
     if not isinstance(named, str) or not named:

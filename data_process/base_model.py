@@ -21,6 +21,7 @@ from arguments import make_parser
 from data import read_inters, read_items, read_users
 from data_process.fetch import fetch
 from prompt import SLOT, load_prompts
+from quiet import silence_libraries
 from utils import UserError, run_main, say, set_seed, write_json
 
 
@@ -138,6 +139,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--vocab_size {options.vocab_size}: 256 bytes and the special tokens alone need 300")
     if (options.target / "config.json").exists():
         raise UserError(f"{options.target} holds a model already; delete it or choose another --target")
+    silence_libraries()
     if options.kind == "smollm2":
         smollm2(options.target, options.random_weights, options.seed)
     elif options.dataset:

@@ -25,6 +25,7 @@ from arguments import make_parser
 from data_process.item_texts import CLEANERS, ItemTexts, item_texts, parse_fields
 from data_process.text_vectors import Parts, Team, encode_parts, gather_rows
 from provenance import note_made, record_path
+from quiet import silence_libraries
 from utils import UserError, is_main, local_rank, read_json, run_main, say, versions, world_size
 
 
@@ -106,6 +107,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from data_process.encoder import encode, load_encoder, longest_input
 
+    silence_libraries()
     args.device = encoder_device(args.device)
     tokenizer, model = load_encoder(args.model_path, args.device, args.dtype)
     max_len = longest_input(model, args.max_sent_len)

@@ -10,7 +10,7 @@ import torch
 from embeddings import Embeddings
 from figures import index_keys
 
-NEIGHBOURS = 10
+_NEIGHBOURS = 10
 QUERIES = 1000
 
 
@@ -45,7 +45,7 @@ def neighbour_purity(codes: np.ndarray, embeddings: Embeddings, seed: int = 0) -
     if len(codes) < 2:
         return []
     queries = np.sort(np.random.default_rng(seed).permutation(len(codes))[:QUERIES])
-    neighbours = nearest_neighbours(embeddings, queries, min(NEIGHBOURS, len(codes) - 1))
+    neighbours = nearest_neighbours(embeddings, queries, min(_NEIGHBOURS, len(codes) - 1))
     rows = []
     for depth in range(1, max(2, codes.shape[1])):
         keys = index_keys(codes[:, :depth])

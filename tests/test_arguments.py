@@ -109,6 +109,8 @@ def test_which_prompt_flags_were_given():
         None,
     )
     assert vars(args) == vars(parser.parse_args(["--no_eos"]))
+    args, given = parse_given(parser, ["--dataset", "Games"])
+    assert given == {"dataset"} and args.base_model == "./llama-7b/"
 
 
 def test_every_flag_is_defined_once_and_has_one_role():

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -204,3 +205,41 @@ def test_table_is_readable(world, capsys, monkeypatch):
 def test_mistakes_are_told(world, more, message):
     with pytest.raises(UserError, match=message):
         recommend.main(flags(world, *more))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--users", "0"], "the checkpoint, which knows items alone: give --data_path"),
+        (["--users", "all"], "the checkpoint, which knows items alone: give --data_path"),
+        (["--history", "600"], "item 600 is unknown"),
+        (["--history", "no such title"], "nearest"),
+    ],
+)
+def test_what_is_asked_is_understood_before_the_model_is_loaded(world, tmp_path, monkeypatch, more, message):
+    folder = tmp_path / "ckpt"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")  # nothing that could be loaded
+    STYLE.save(folder, load_data(str(world), "toy"))
+    with pytest.raises(UserError, match=message):
+        recommend.main(["--ckpt_path", str(folder), *more])
+
+
+def test_a_model_without_items_needs_a_dataset(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="knows no items .*; give --data_path and --dataset"):
+        recommend.main(["--ckpt_path", str(world / "ckpt"), "--history", "1"])
+    assert "does not say how it wants to be asked" in capsys.readouterr().err
+
+
+def test_the_model_names_its_dataset(world, tmp_path, capsys):
+    shutil.copytree(world / "ckpt", tmp_path / "ckpt")
+    PromptStyle(load_prompts(), HistoryFormat(), dataset="toy").save(tmp_path / "ckpt", load_data(str(world), "toy"))
+    recommend.main(["--ckpt_path", str(tmp_path / "ckpt"), "--data_path", str(world), "--users", "0"])
+    shown = capsys.readouterr()
+    assert shown.err.count("note: --dataset toy, as ") == 1 and json.loads(shown.out.splitlines()[-1])["user"] == "0"
+    assert "Loading weights" not in shown.err
+    with pytest.raises(UserError, match="other: no such folder"):
+        recommend.main(
+            ["--ckpt_path", str(tmp_path / "ckpt"), "--data_path", str(world), "--dataset", "other", "--users", "0"]
+        )

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from convert import push
 from convert.folder import find_model
 from convert.hub import local_or_hub
-from modeling import find_checkpoint, load_for_test, prepare_base
+from modeling import find_checkpoint, find_with_base, load_for_test, prepare_base
 from utils import UserError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -236,6 +236,17 @@ def test_models_and_adapters_of_the_hub_are_scored(tmp_path, hub, reach, lora):
         assert torch.allclose(model(IDS).logits, logits, atol=1e-5)
         with pytest.raises(UserError, match="is a LoRA adapter; add --lora and --base_model"):
             find_checkpoint("me/adapter")
+        told = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+        for base, found in ((str(tmp_path / "base"), True), (str(tmp_path / "gone"), False)):
+            told["base_model_name_or_path"] = base
+            (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(told))
+            folder = str(tmp_path / "adapter")
+            if found:
+                assert find_with_base(folder, False, "x", frozenset()) == (folder, True, base)
+                assert find_with_base(folder, True, "x", frozenset({"base_model"})) == (folder, True, "x")
+            else:
+                with pytest.raises(UserError, match="is a LoRA adapter; add --lora and --base_model"):
+                    find_with_base(folder, False, "x", frozenset())
     else:
         model, _ = load_for_test(find_checkpoint("me/base"))
         assert torch.equal(model.lm_head.weight, AutoModelForCausalLM.from_pretrained(tmp_path / "base").lm_head.weight)
