@@ -262,8 +262,8 @@ TRAIN = (
     Flag("save_and_eval_steps", 1000, "optimiser steps between saves (strategy steps)", whole(1)),
     Flag(
         "eval_delay",
-        1,
-        "epochs before the first evaluation (strategy epoch): the best is looked for after them",
+        None,
+        "before the first evaluation, in epochs (strategy epoch; 1 if absent) or optimiser steps (strategy steps; 2000)",
         real(0),
     ),
     Flag("fp16", False, "mixed precision in float16 (GPUs)", None),

@@ -44,7 +44,7 @@ from run_folder import FINAL, LOG, PREPARED, RECORD, TENSORBOARD, RunFolder, Run
 from samples import TaskValidSet, TrainSet, ValidSet
 from tasks import TASKS
 from training_settings import (
-    check_names,
+    check_choices,
     check_optimizer,
     check_trackers,
     complete_deepspeed,
@@ -82,7 +82,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.fp16 and not torch.cuda.is_available():
         raise UserError("--fp16 needs a GPU; use --bf16 or neither on the CPU")
     quiet()
-    check_names(args)
+    check_choices(args)
     check_trackers(args.report_to)
     if args.deepspeed.lower() == "none":
         args.deepspeed = None
@@ -97,6 +97,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError("--swap_items needs item embeddings: --init_item_tokens F.npy")
     if args.new_rows_learning_rate is not None and (args.deepspeed or args.lora):
         raise UserError("--new_rows_learning_rate goes with whole weights and --deepspeed none alone")
+    if args.overwrite_output_dir and args.resume_from_checkpoint == "auto":
+        raise UserError("--overwrite_output_dir and --resume_from_checkpoint auto: begin anew or go on, not both")
     if args.select_by != "loss" and not args.eval_ranking:
         raise UserError(f"--select_by {args.select_by} needs --eval_ranking N")
     if args.train_new_rows_only and not args.lora:
@@ -148,6 +150,13 @@ def item_swap(args: argparse.Namespace, n_items: int) -> ItemSwap | None:
     return ItemSwap(read_item_vectors(Path(args.init_item_tokens), n_items), args.swap_items)
 
 
+def first_evaluation(args: argparse.Namespace) -> float:
+    """Epochs or steps before the first evaluation, as the strategy counts; the original's unless `--eval_delay` says it."""
+    if args.eval_delay is not None:
+        return args.eval_delay
+    return 1 if args.save_and_eval_strategy == "epoch" else 2000
+
+
 def training_arguments(args: argparse.Namespace) -> Any:
     """transformers' TrainingArguments for our flags. Activates DeepSpeed: what is loaded after it may be partitioned."""
     from transformers import TrainingArguments
@@ -179,7 +188,7 @@ def training_arguments(args: argparse.Namespace) -> Any:
         save_strategy=args.save_and_eval_strategy,
         eval_steps=args.save_and_eval_steps,
         save_steps=args.save_and_eval_steps,
-        eval_delay=args.eval_delay if args.save_and_eval_strategy == "epoch" else 2000,
+        eval_delay=first_evaluation(args),
         save_total_limit=args.save_total_limit,
         load_best_model_at_end=True,
         metric_for_best_model=f"eval_{args.select_by}",
@@ -320,10 +329,11 @@ def begin(
     from training import disk_full_is_said
 
     folder.path.mkdir(parents=True, exist_ok=True)
+    folder.refuse_base_model(args.base_model)
     folder.clear_partial()
-    if not args.resume_from_checkpoint:
-        folder.refuse_if_taken(args.overwrite_output_dir, args.base_model)
     checkpoint, adapter = find_resume(args.resume_from_checkpoint, args.lora, folder.path)
+    if checkpoint is None:
+        folder.refuse_if_taken(args.overwrite_output_dir)
     if checkpoint is not None and (checkpoint.parent / RECORD).is_file():
         RunRecord.read(checkpoint.parent / RECORD).check_same(facts, checkpoint.parent / RECORD)
     with disk_full_is_said(folder / PREPARED, "the base model with the item tokens"):
@@ -467,6 +477,8 @@ def main(argv: list[str] | None = None) -> None:
         try:
             run = prepare(args)
             run.trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+            if not any("eval_loss" in row for row in run.trainer.state.log_history):
+                say("note: no evaluation fell within the run (--eval_delay), so the model is that of the last step")
             save_final(run)
         except BaseException:
             if is_main():

@@ -37,10 +37,11 @@ def start_rows(
 
 
 def rows_from_words(own: Tensor, tokenizer: Any, data: RecData, tokens: list[str]) -> Tensor:
-    """A start for the rows of `tokens` among a language model's `own`: what the titles of a token's items have in common.
+    """A start for the rows of `tokens` among a language model's `own`: what its items' titles have in common, and its level.
 
-    An item is the mean of its title's rows, less the mean over all items; a token is the mean over its items, scaled to the
-    median distance of the model's own rows from their mean, around which it lies as they do.
+    An item is the mean of its title's rows, less the mean over all items; a token is the mean over its items. As much again is a
+    direction drawn for its level, so that one level can be told from the next: with it SmolLM2 knows which comes after 20 steps
+    of 8 histories, without it not after 30. The sum lies as far from the mean of the model's own rows as they do (median).
 
     Args:
         own: the model's rows of text tokens, float (tokens, width).
@@ -54,9 +55,16 @@ def rows_from_words(own: Tensor, tokenizer: Any, data: RecData, tokens: list[str
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     ids = [[i for i in row if i < len(own)] for row in ids]
     items = torch.stack([own[row].mean(dim=0) if row else centre for row in ids])
-    rows = _means_of_items(items - items.mean(dim=0), data, tokens)
-    spread = (own - centre).norm(dim=1).median()
-    return centre + rows * spread / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    names = _unit(_means_of_items(items - items.mean(dim=0), data, tokens))
+    letters = [token.strip("<").partition("_")[0] for token in tokens]
+    levels = {letter: torch.randn(own.shape[1]) for letter in sorted(set(letters))}
+    level = _unit(torch.stack([levels[letter] for letter in letters]))
+    return centre + (own - centre).norm(dim=1).median() * _unit(names + level)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Rows of length 1; those of length 0 stay."""
+    return rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
 
 def rows_from_embeddings(path: Path, data: RecData, tokens: list[str], width: int) -> Tensor:

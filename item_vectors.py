@@ -32,6 +32,26 @@ def read_item_vectors(path: Path, n_items: int) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
 
 
+def neighbours(vectors: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The items of `known` that are likest to each item, and their weights, exp(sharpness * cosine).
+
+    Args:
+        vectors: rows of length 1 (items, dim).
+        known: items that may be found, ascending: int (n,).
+
+    Returns:
+        int (items, at most 10), the likest first and never the item itself, and the weights in the same shape.
+    """
+    nearest, weights, count = [], [], min(NEIGHBOURS, len(known) - 1)
+    for start in range(0, len(vectors), CHUNK):
+        likeness = vectors[start : start + CHUNK] @ vectors[known].T
+        likeness[np.arange(start, start + len(likeness))[:, None] == known] = -np.inf
+        places = np.argsort(-likeness, axis=1)[:, :count]
+        nearest.append(known[places])
+        weights.append(np.exp(SHARPNESS * np.take_along_axis(likeness, places, axis=1)))
+    return np.concatenate(nearest), np.concatenate(weights)
+
+
 class ItemSwap:
     """Puts items that are alike in each other's place now and then.
 
@@ -44,16 +64,9 @@ class ItemSwap:
     """
 
     def __init__(self, vectors: np.ndarray, share: float):
-        self.share, nearest, ends = share, [], []
-        for start in range(0, len(vectors), CHUNK):
-            likeness = vectors[start : start + CHUNK] @ vectors.T
-            likeness[np.arange(len(likeness)), np.arange(start, start + len(likeness))] = -np.inf  # not the item itself
-            found = np.argsort(-likeness, axis=1)[:, : min(NEIGHBOURS, len(vectors) - 1)]
-            weights = np.exp(SHARPNESS * np.take_along_axis(likeness, found, axis=1))
-            nearest.append(found)
-            ends.append(np.cumsum(weights, axis=1))
-        self.nearest = np.concatenate(nearest)  # (items, neighbours), the likest first
-        self.ends = np.concatenate(ends)  # their weights' running sum
+        self.share = share
+        self.nearest, weights = neighbours(vectors, np.arange(len(vectors)))
+        self.ends = np.cumsum(weights, axis=1)
 
     def __call__(self, items: list[int], rng: np.random.Generator) -> list[int]:
         """`items`, a share of them replaced."""

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from utils import UserError, is_main, local_rank, say, world_size
 
+LONGEST = timedelta(hours=12)  # that the others wait while one reads, hashes or writes a large model
+
 
 def join_for_training(deepspeed: bool) -> None:
     """Join the process group: nccl on GPUs, gloo on the CPU; one process alone plays a group of one for DeepSpeed."""
@@ -27,7 +29,7 @@ def join_for_training(deepspeed: bool) -> None:
     if deepspeed:
         _join_with_deepspeed(cpu)
     elif world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo" if cpu else "nccl")
+        dist.init_process_group("gloo" if cpu else "nccl", timeout=LONGEST)
     if not cpu:
         if local_rank() >= torch.cuda.device_count():
             raise UserError(
@@ -51,7 +53,7 @@ def _join_with_deepspeed(cpu: bool) -> None:
             # that is killed while it compiles leaves a lock on which every later run waits for ever
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # before TrainingArguments: zero.Init would otherwise see a single process on a machine without CUDA
-        deepspeed.init_distributed(dist_backend="gloo" if cpu else "nccl", verbose=False)
+        deepspeed.init_distributed(dist_backend="gloo" if cpu else "nccl", verbose=False, timeout=LONGEST)
 
 
 def join_for_scoring() -> None:

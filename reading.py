@@ -18,7 +18,7 @@ from utils import UserError, first_line, read_json, regular_file
 
 # what checkpoints of older libraries store besides their weights
 BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
-SETTINGS = ("*config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json", "*.index.json")
+JSON_FILES = ("*config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json", "*.index.json")
 READ = ("*.json", "*.safetensors", "*.bin", "*.model", "*.gguf", "*.txt", "*.jinja")
 ADAPTER = "adapter_config.json"
 
@@ -37,7 +37,7 @@ def check_model_folder(path: str | Path) -> None:
         return
     for file in sorted({file for pattern in READ for file in folder.glob(pattern)}):
         regular_file(file)
-    for file in sorted({file for pattern in SETTINGS for file in folder.glob(pattern)}):
+    for file in sorted({file for pattern in JSON_FILES for file in folder.glob(pattern)}):
         content = read_json(file)
         if not isinstance(content, dict):
             raise UserError(f"{file}: must be an object")
@@ -68,7 +68,7 @@ def _tensor_names(folder: Path) -> set[str]:
     return names
 
 
-def load_config(path: str | Path) -> Any:
+def model_config(path: str | Path) -> Any:
     """The configuration of the model in a folder or of a hub id.
 
     Raises:
@@ -97,7 +97,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None = None, **more: Any) 
     Raises:
         UserError: there is no model that loads, or its weights are not those of its configuration.
     """
-    load_config(path)
+    model_config(path)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True, **more

@@ -34,7 +34,9 @@ from utils import (
     write_json,
 )
 
-PARTIAL = re.compile(r"part-\d{5,}\.jsonl|\.?(config\.json|token|anew\.json)(\..*)?")  # what lies in the partial folder
+OWN_PARTS = re.compile(
+    r"part-\d{5,}\.jsonl|\.?(config\.json|token|anew\.json)(\..*)?"
+)  # what lies in the partial folder
 ANEW = "anew.json"  # in the partial folder: the earlier predictions are to be replaced (--restart)
 
 # ---- metrics of ranked lists ----
@@ -233,7 +235,7 @@ class Store:
                 next(read_predictions(self.predictions), None)
         except UserError as error:
             raise UserError(f"{error}; name another --results_file") from None
-        foreign = next((path for path in self._in_partial() if not PARTIAL.fullmatch(path.name)), None)
+        foreign = next((path for path in self._in_partial() if not OWN_PARTS.fullmatch(path.name)), None)
         if foreign is not None:
             raise UserError(f"{foreign}: was not written by a test; name another --results_file")
 

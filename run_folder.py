@@ -12,7 +12,6 @@ base_with_item_tokens/              until the run has ended: the base model with
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import math
 import os
@@ -23,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from arguments import Role, with_role
+from folders import LOADERS, locked
 from utils import UserError, checkpoints, read_json, say, sha256, write_json
 
 RECORD, LOG, TENSORBOARD = "run.json", "train.log", "runs"
-PREPARED, FINAL, REPLACED, LOCK = "base_with_item_tokens", ".final", ".replaced", ".lock"
-MODELS = ("config.json", "adapter_config.json")  # without one of them nothing loads a folder
+PREPARED, FINAL, REPLACED, DROPPED = "base_with_item_tokens", ".final", ".replaced", ".replaced.partial"
 
 
 @dataclass(frozen=True)
@@ -115,6 +114,13 @@ def model_fingerprint(model: str | Path) -> str:
     return digest.hexdigest()
 
 
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 class RunFolder:
     """One run's folder. Only the main process may call what changes it."""
 
@@ -128,15 +134,18 @@ class RunFolder:
         """The record of the run that lies here; None if there is none."""
         return RunRecord.read(self / RECORD) if os.path.lexists(self / RECORD) else None
 
-    def refuse_if_taken(self, overwrite: bool, base_model: str) -> None:
+    def refuse_base_model(self, base_model: str) -> None:
+        """Raise a UserError if this is the base model's own folder."""
+        if Path(base_model).is_dir() and self.path.resolve() == Path(base_model).resolve():
+            raise UserError(f"--output_dir {self.path} is the base model's own folder; choose another one")
+
+    def refuse_if_taken(self, overwrite: bool) -> None:
         """Make sure that a new run may begin here.
 
         Raises:
-            UserError: there is a model already and no `overwrite`, or it is not a run's, or it is the base model.
+            UserError: there is a model already and no `overwrite`, or it is not a run's.
         """
-        if Path(base_model).is_dir() and self.path.resolve() == Path(base_model).resolve():
-            raise UserError(f"--output_dir {self.path} is the base model's own folder; choose another one")
-        there = [name for name in MODELS if (self / name).exists()]
+        there = [name for name in LOADERS if (self / name).exists()]
         there += sorted(path.name for path in self.path.glob("checkpoint-*"))
         if not there:
             return
@@ -159,30 +168,18 @@ class RunFolder:
         Raises:
             UserError: another process trains here, or the folder cannot be written to.
         """
-        lock = self / LOCK
         if os.path.lexists(self.path) and not self.path.is_dir():
             raise UserError(f"--output_dir {self.path}: is there and is no folder")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise UserError(f"--output_dir {self.path}: cannot be written to ({error.strerror})") from None
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not lock.exists() or os.fstat(handle).st_ino != lock.stat().st_ino:
-                raise BlockingIOError  # the other run has just ended and taken its lock along
-        except BlockingIOError:
-            os.close(handle)
-            raise UserError(
-                f"{self.path}: another training is writing here; wait for it, or choose another folder"
-            ) from None
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-            os.close(handle)
-            with contextlib.suppress(OSError):
-                self.path.rmdir()
+        with locked(self.path):
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--output_dir {self.path}: cannot be written to ({error.strerror})") from None
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):
+                    self.path.rmdir()
 
     def clear_partial(self) -> None:
         """Remove what a killed process was writing; the run that it was about to replace comes back."""
@@ -201,29 +198,35 @@ class RunFolder:
         return found + [p for p in self.path.glob("final-checkpoint-*") if (p / "convert_report.json").is_file()]
 
     def set_aside(self) -> None:
-        """Move the run that lies here into `.replaced/`, from where it comes back if the new one fails to begin."""
+        """Move the run that lies here into `.replaced/`, from where it comes back if the new one fails to begin.
+
+        The record goes last: without it in `.replaced/` the move was cut off, and nothing new has begun.
+        """
         (self / REPLACED).mkdir()
-        for path in sorted(self.own_files(), key=lambda path: path.name == RECORD):  # the record last
+        for path in sorted(self.own_files(), key=lambda path: path.name == RECORD):
             path.rename(self / REPLACED / path.name)
 
     def restore_replaced(self) -> None:
         """Bring a replaced run back, unless the new one has a checkpoint or a model already."""
-        if not (self / REPLACED).is_dir():
-            return None
-        if checkpoints(self.path) or any((self / name).exists() for name in MODELS):
-            return self.drop_replaced()
-        for name in (RECORD, LOG, TENSORBOARD):  # what the new run had begun
-            if (self / REPLACED / name).exists() and (self / name).exists():
-                shutil.rmtree(self / name) if (self / name).is_dir() else (self / name).unlink()
-        for path in sorted((self / REPLACED).iterdir(), key=lambda path: path.name != RECORD):  # the record first
-            path.rename(self / path.name)
-        (self / REPLACED).rmdir()
-        say(f"{self.path}: the run that was to be replaced is back")
-        return None
+        aside = self / REPLACED
+        if (aside / RECORD).exists():  # all of it is there
+            if checkpoints(self.path) or any((self / name).exists() for name in LOADERS):
+                self.drop_replaced()
+                return
+            for name in (LOG, TENSORBOARD):  # what the new run had begun
+                _remove(self / name)
+            (aside / RECORD).replace(self / RECORD)
+        if aside.is_dir():
+            for path in sorted(aside.iterdir()):
+                path.rename(self / path.name)
+            aside.rmdir()
+            say(f"{self.path}: the run that was to be replaced is back")
 
     def drop_replaced(self) -> None:
         """Remove the run that has been replaced."""
-        shutil.rmtree(self / REPLACED, ignore_errors=True)
+        if (self / REPLACED).is_dir():
+            (self / REPLACED).rename(self / DROPPED)  # a removal that is cut off goes on with `clear_partial`
+            shutil.rmtree(self / DROPPED, ignore_errors=True)
 
     def give_up(self) -> None:
         """After a failure: the prepared base goes, and so does what a new run had begun where it was to replace another."""

@@ -10,7 +10,7 @@ from arguments import comma_list
 from utils import UserError, first_line, read_json, world_size
 
 
-def check_names(args: argparse.Namespace) -> None:
+def check_choices(args: argparse.Namespace) -> None:
     """Refuse an optimiser or a schedule that transformers does not know. Raises UserError."""
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
@@ -135,9 +135,9 @@ def complete_deepspeed(config: dict[str, Any], prepared: Path) -> dict[str, Any]
     """
     if not config:
         return None
-    from reading import load_config
+    from reading import model_config
 
-    hidden, zero = load_config(prepared).get_text_config().hidden_size, config.get("zero_optimization", {})
+    hidden, zero = model_config(prepared).get_text_config().hidden_size, config.get("zero_optimization", {})
     values = {
         "reduce_bucket_size": max(hidden**2, 10**7),
         "stage3_prefetch_bucket_size": max(int(0.9 * hidden**2), 10**7),

@@ -55,7 +55,7 @@ make_index() {
 
 # one METHOD SEED: fine-tune and test, if that is not done
 one() {
-  local run="$work/${NAME:-$1}-seed$2" recipe="--epochs 14 --eval_delay 11 --learning_rate 3e-3 --dropout 0.2"
+  local run="$work/${NAME:-$1}-seed$2" recipe="--epochs 16 --eval_delay 14 --learning_rate 3e-3 --dropout 0.2 --swap_items 0.2"
   local form=(--data_path "$work" --dataset "$DATASET" --index_file ".$1.json" --prompt_file config/short_prompts.json --his_sep= --no_eos)
   if [ "$1" = flat ]; then recipe="--epochs 12 --eval_delay 9 --learning_rate 2e-3 --dropout 0.3"; fi
   if [ ! -e "$run/base/config.json" ]; then
@@ -65,7 +65,7 @@ one() {
     # shellcheck disable=SC2086
     python finetune.py --base_model "$run/base" --output_dir "$run/model" --overwrite_output_dir "${form[@]}" --seed "$2" \
       --deepspeed none --packing --no-gradient_checkpointing --tasks seqrec --train_prompt_sample_num 1 --train_data_sample_num 0 \
-      --history_windows --init_item_tokens "$stem.emb-behaviour.npy" --per_device_batch_size 64 --gradient_accumulation_steps 1 \
+      --history_windows --init_item_tokens "$stem.emb-minilm-td.npy" --per_device_batch_size 64 --gradient_accumulation_steps 1 \
       --warmup_ratio 0.05 --logging_step 50 --valid_prompt_sample_num 1 --eval_ranking 1000000 --select_by ndcg@10 \
       --save_total_limit 1 $recipe ${FINETUNE_FLAGS:-}
   fi

@@ -24,6 +24,7 @@ from data_process.encoder import encode, load_encoder, longest_input
 from data_process.fetch import fetch
 from data_process.rule_texts import content_words
 from metrics.ranking import means, rank_of
+from reading import read_array
 from results import read_predictions
 from samples import TestSet
 from tasks import TASKS, HistoryFormat
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     numbers = sorted(next(iter(models.values()), targets))
     queries = [samples[number].slots["query"] for number in numbers]
     texts = [f"{title}. {description}" for title, description in zip(data.titles, data.descriptions, strict=True)]
-    vectors = np.load(data.folder / f"{data.name}.emb-minilm-td.npy", allow_pickle=False)
+    vectors = read_array(data.folder / f"{data.name}.emb-minilm-td.npy")
     lists = {
         "BM25, titles and descriptions": bm25_lists(texts, queries),
         "BM25, titles alone": bm25_lists(data.titles, queries),

@@ -23,11 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from arguments import make_parser
 from data import read_inters, read_items
+from item_vectors import neighbours
 from provenance import note_made, record_path
 from utils import UserError, atomic_path, run_main, say
 
-NEIGHBOURS, SHARPNESS = 10, 10.0  # of an item by text: how many, and their weights exp(sharpness * cosine)
-CHUNK = 1024  # items whose likeness to all others is held at once
 # Of the mean degree, added to every degree: without it pairs that met nobody else fill the leading vectors.
 SMOOTHING = 0.5
 
@@ -74,15 +73,10 @@ def lent(behaviour: np.ndarray, text: np.ndarray, degrees: np.ndarray) -> np.nda
     Returns:
         unit rows (items, width).
     """
-    known, means = np.flatnonzero(degrees > 0), np.zeros_like(behaviour)
-    for start in range(0, len(text), CHUNK):
-        likeness = text[start : start + CHUNK] @ text[known].T
-        likeness[np.arange(start, start + len(likeness))[:, None] == known] = -np.inf  # not the item itself
-        nearest = np.argsort(-likeness, axis=1)[:, :NEIGHBOURS]
-        weights = np.exp(SHARPNESS * np.take_along_axis(likeness, nearest, axis=1))
-        means[start : start + CHUNK] = (weights[:, :, None] * behaviour[known[nearest]]).sum(axis=1)
+    nearest, weights = neighbours(text, np.flatnonzero(degrees > 0))
+    means = unit_rows((weights[:, :, None] * behaviour[nearest]).sum(axis=1))
     own = (degrees / (1 + degrees))[:, None]
-    rows = own * behaviour + (1 - own) * unit_rows(means)
+    rows = own * behaviour + (1 - own) * means
     return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(min=1e-12)
 
 

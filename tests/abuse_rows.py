@@ -283,7 +283,7 @@ PLACES = [
             ("report", "--table_file", "r.table.md"),
         )
         for where, told, broken in (
-            (f"/proc/nowhere/{name}", rf"{flag}.*/proc/nowhere|/proc/nowhere.*cannot be written", None),
+            (f"/proc/nowhere/{name}", rf"{flag}.*/proc/nowhere|/proc/nowhere.*cannot be (written|made)", None),
             (f"{{w}}/requests.jsonl/{name}", r"requests\.jsonl", None),
             (f"{{w}}/loop/{name}", "loop", loop("loop")),
             (f"{{w}}/{'x' * 300}/{name}", "File name too long", None),
@@ -291,7 +291,7 @@ PLACES = [
     ),
     Abuse("a file for the output folder", "finetune", "is there and is no folder", write("out", b"x")),
     Abuse("a loop for the output folder", "finetune", "is there and is no folder", loop("out")),
-    Abuse("a lock that is a folder", "finetune", "--output_dir .*cannot be written", folder("out/.lock")),
+    Abuse("a lock that is a folder", "finetune", "out: cannot be made", folder(".out.lock")),
     Abuse(
         "the base model as the output folder", "finetune", "base model's own folder", flags=("--output_dir", "{w}/base")
     ),

@@ -27,7 +27,7 @@ from data import USER_PARTS, load_data
 from modeling import grow_vocabulary, load_for_test
 from prompt import load_prompts
 from prompt_style import PromptStyle, saved_items, saved_style
-from reading import load_config, load_model, read_array
+from reading import load_model, model_config, read_array
 from results import parse_prediction, read_predictions, read_results
 from run_folder import RunRecord, log_history, run_settings
 from tasks import HistoryFormat
@@ -108,11 +108,11 @@ def toy_path(tmp_path_factory) -> Path:
 @EXAMPLES
 @given(draw=st.data())
 def test_files_of_a_dataset(toy_path, kind, draw):
-    path = toy_data / f"Toy/Toy.{kind}.json"
+    path = toy_path / f"Toy/Toy.{kind}.json"
     whole = path.read_bytes()
     try:
         path.write_bytes(draw.draw(spoilt(whole)))
-        data = tried(load_data, str(toy_data), "Toy", ".index.json", USER_PARTS)
+        data = tried(load_data, str(toy_path), "Toy", ".index.json", USER_PARTS)
         if data is not None:  # it is as good as any other
             assert all(len(items) >= 3 for items in data.inters.values())
             assert len(data.titles) == len(data.indices) == len(data.canonical)
@@ -211,7 +211,7 @@ def test_configurations_of_models(model, tmp_path, draw):
     if not (tmp_path / "model").exists():
         shutil.copytree(model, tmp_path / "model")
     (tmp_path / "model/config.json").write_bytes(draw.draw(spoilt((model / "config.json").read_bytes())))
-    if tried(load_config, tmp_path / "model") is not None:
+    if tried(model_config, tmp_path / "model") is not None:
         tried(load_model, tmp_path / "model")
 
 
@@ -229,7 +229,7 @@ def test_weights(model, tmp_path, start, more):
 
 
 @pytest.fixture(scope="module")
-def recommender(model, toy_data, tmp_path_factory) -> recommend.Recommender:
+def recommender(model, toy_path, tmp_path_factory) -> recommend.Recommender:
     from modeling import add_item_tokens
     from tokenising import load_tokenizer
 

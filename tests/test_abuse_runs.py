@@ -50,7 +50,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_two_trainings_at_once(world):
-    with RunFolder(world / "out").held(), pytest.raises(UserError, match="another training is writing here"):
+    with RunFolder(world / "out").held(), pytest.raises(UserError, match="another process is writing it now"):
         finetune.main(finetune_flags(world))
     assert not (world / "out").exists()
 

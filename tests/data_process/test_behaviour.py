@@ -7,6 +7,7 @@ import pytest
 from toy_data import INTERS
 
 from data_process import behaviour
+from item_vectors import SHARPNESS
 from utils import UserError
 
 
@@ -37,7 +38,7 @@ def test_items_that_met_few_borrow_from_items_of_like_text():
     for item in range(4):
         for other in known:
             if other != item:
-                means[item] += np.exp(behaviour.SHARPNESS * text[item] @ text[other]) * own[other]
+                means[item] += np.exp(SHARPNESS * text[item] @ text[other]) * own[other]
     means = behaviour.unit_rows(means)
     for item, degree in enumerate(degrees):
         expected = degree / (1 + degree) * own[item] + means[item] / (1 + degree)
