@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from arguments import make_parser
 from data import read_inters, read_items
 from item_vectors import neighbours
+from provenance import note_made, record_path
 from utils import UserError, atomic_path, run_main, say
 
 # Of the mean degree, added to every degree: without it pairs that met nobody else fill the leading vectors.
@@ -123,6 +124,9 @@ def main(argv: list[str] | None = None) -> None:
     joined = np.hstack([text, args.weight * behaviour])
     with atomic_path(args.output_file) as temporary, open(temporary, "wb") as file:
         np.save(file, joined.astype(np.float32))
+    inputs = [Path(f"{stem}.item.json"), Path(f"{stem}.inter.json"), args.text]
+    record = record_path(args.data_path, args.dataset)
+    note_made(record, "data_process/behaviour.py", [args.output_file], inputs, ("numpy", "scipy"))
     alone = int((degrees == 0).sum())
     say(f"{args.output_file}: {n_items} items, {joined.shape[1]} numbers each; {alone} items met no other in training")
 

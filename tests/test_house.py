@@ -67,6 +67,12 @@ def test_links_between_pages_lead_somewhere():
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_architecture_says_what_each_module_and_folder_owns():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    names = [f"{name}.py" for name in ROOT_MODULES] + [f"{path.parent.name}/" for path in ROOT.glob("*/*.py")]
+    assert [name for name in sorted(set(names)) if not re.search(rf"^\| .*`{re.escape(name)}`.* \|", page, re.M)] == []
+
+
 @pytest.mark.slow
 def test_help_teaches_and_docs_name_flags_that_exist():
     """Every script's help has an example of its command and explains each flag; every flag in a page is one of a script's."""
