@@ -54,7 +54,7 @@ class Request:
     echo: dict[str, Any] = field(default_factory=dict)  # comes back with the answer
 
 
-class Reader:
+class RequestReader:
     """Makes requests of what users write; needs no model.
 
     Args:
@@ -138,7 +138,7 @@ class Reader:
         return Request(history, query, top_k, exclude, echo)
 
 
-class Recommender(Reader):
+class Recommender(RequestReader):
     """A loaded model that answers requests.
 
     Args:
@@ -351,7 +351,7 @@ def main(argv: list[str] | None = None) -> None:
         folder = Path(found)
         style = choose_style(folder, args, given)
         data = items_to_recommend(args, folder)
-        reader = Reader(data)
+        reader = RequestReader(data)
         requests = [reader.request(content, args.top_k, args.exclude_history) for content in asked(args, data)]
         device = pick_device(args.gpu_id)
         model, tokenizer = load_for_test(folder, args.base_model, args.lora, device, DTYPES.get(args.dtype))
