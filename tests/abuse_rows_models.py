@@ -149,7 +149,7 @@ MODELS = [
         "an adapter whose base is gone",
         "test",
         "is a LoRA adapter",
-        remove("base"),
+        put(ADAPTER, "base_model_name_or_path", value="./gone"),
         flags=("--ckpt_path", "{w}/adapter"),
     ),
     Abuse("--lora without an adapter", "test", "no LoRA adapter", flags=("--lora", "--base_model", "{w}/base")),
