@@ -145,7 +145,13 @@ MODELS = [
     _model("a file for the model's folder", "run", remove("run"), write("run", b"")),
     Abuse("no such checkpoint", "test", "nowhere: no such folder", flags=("--ckpt_path", "nowhere")),
     Abuse("a checkpoint's path with NUL", "test", "", flags=("--ckpt_path", "a\0b")),
-    Abuse("an adapter without --lora", "test", "is a LoRA adapter", flags=("--ckpt_path", "{w}/adapter")),
+    Abuse(
+        "an adapter whose base is gone",
+        "test",
+        "is a LoRA adapter",
+        put(ADAPTER, "base_model_name_or_path", value="./gone"),
+        flags=("--ckpt_path", "{w}/adapter"),
+    ),
     Abuse("--lora without an adapter", "test", "no LoRA adapter", flags=("--lora", "--base_model", "{w}/base")),
     Abuse(
         "code for the base",
