@@ -6,7 +6,6 @@ run.json                            `RunRecord`: command, arguments, versions, h
 train.log, runs/                    a line for each logging step; the same for TensorBoard
 base_with_item_tokens/              until the run has ended: the base model with its new rows
 .replaced/                          the run before (--overwrite_output_dir), until this one has a checkpoint
-.lock                               held while a process trains here
 """
 
 from __future__ import annotations
