@@ -228,7 +228,7 @@ def test_processes_and_nodes_give_the_same_bits(tiny: Path, tmp_path: Path, node
     rng = np.random.default_rng(0)
     texts = [tuple(" ".join(rng.choice(list("abcdefgh"), rng.integers(1, 7))) for _ in "td") for _ in range(60)]
     flags = [*write_items(tmp_path, texts), "--model_path", str(tiny), "--part_size", "5"]
-    embed.main([*flags, "--output_file", str(tmp_path / "alone.npy")])
+    finish(start([*flags, "--output_file", str(tmp_path / "alone.npy")]))  # with as many threads
     if nodes == 1:
         finish(start(flags, "--standalone", "--nproc_per_node", "2"))
     else:
@@ -252,7 +252,7 @@ def test_killed_and_started_again_with_other_processes(tiny: Path, tmp_path: Pat
     again = start(flags, "--standalone", "--nproc_per_node", "2")
     output, _ = again.communicate(timeout=300)
     assert again.returncode == 0 and f"{done} of 750 parts are there already" in output, output
-    embed.main([*flags, "--output_file", str(tmp_path / "alone.npy")])
+    finish(start([*flags, "--output_file", str(tmp_path / "alone.npy")]))  # with as many threads
     assert np.array_equal(np.load(tmp_path / "D" / "D.emb-tiny-td.npy"), np.load(tmp_path / "alone.npy"))
     assert not parts.exists()
 
