@@ -21,7 +21,7 @@ from arguments import DATASET, PROMPT, add_flags, make_parser, whole
 from data import RecData, UserTexts, check_index, read_inters, read_items, read_users
 from prompt_style import PromptStyle
 from results import read_results
-from run_folder import model_fingerprint
+from run_folder import RECORD, RunRecord, model_fingerprint
 from samples import TrainSet
 from tasks import TASKS
 from utils import UserError, read_json, sha256
@@ -190,7 +190,13 @@ def changed_since(results_file: Path, folder: Path, name: str, index_file: str) 
     checkpoint = config["arguments"].get("ckpt_path")
     if checkpoint and Path(checkpoint).is_dir() and model_fingerprint(checkpoint) != config.get("checkpoint"):
         faults.append(f"{checkpoint}: is not the model that {results_file} was made with")
-    return faults
+    record = Path(checkpoint or "") / RECORD
+    if checkpoint and record.is_file():
+        for kind, file in RunRecord.read(record).files.items():
+            path = folder / f"{name}{endings[kind]}" if kind in endings else Path(file["path"])
+            if not path.is_file() or sha256(path) != file["sha256"]:
+                faults.append(f"{path}: is not the file that the model was trained with ({record})")
+    return list(dict.fromkeys(faults))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,5 +1,6 @@
 """A run's table and page: HR and NDCG of the model beside references on the same split, with bootstrap intervals over users.
 
+    python report.py --results_file ./results/ml-100k/result.json           # of the data that the results name
     python report.py --results_file ./results/ml-100k/result.json --data_path ./data --dataset ml-100k
     python report.py --results_file results/a.json results/b.json …        # several seeds, one row each
 
@@ -22,11 +23,12 @@ from pathlib import Path
 
 import numpy as np
 
-from arguments import add_dataset, file_name, make_parser, text
+from arguments import DATASET, add_dataset, file_name, make_parser, text
 from data import RecData, load_data
 from evaluate import check_metrics, too_long
 from metrics.ranking import METRICS, parse_metrics
 from report_page import MARK, page
+from results import read_results
 from scored_runs import read_run
 from utils import UserError, atomic_path, read_json, regular_file, run_main, say
 
@@ -183,7 +185,9 @@ def main(argv: list[str] | None = None) -> None:
     results = [Path(path) for path in args.results_file]
     target = Path(args.table_file) if args.table_file else results[0].with_name(f"{results[0].stem}.table.md")
     html = page_file(target)
-    data = load_data(args.data_path, args.dataset, args.index_file)
+    tested = read_results(results[0])["config"]["arguments"] if not args.data_path else {}
+    where = (args.data_path, args.dataset, args.index_file)
+    data = load_data(*(str(tested.get(flag.name, given)) for flag, given in zip(DATASET, where, strict=True)))
     popular = {"popularity": popularity_ranks(data, False), "popularity, unseen": popularity_ranks(data, True)}
     rows: dict[str, Mapping[str, np.ndarray | float]] = {
         "random (expected)": random_expectation(len(data.titles), args.metrics)
@@ -191,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     rows |= {
         name: values(ranks, args.metrics) for name, ranks in popular.items() if args.unseen or "unseen" not in name
     }
-    references, sources = recorded(Path(args.references) if args.references else None, args.dataset)
+    references, sources = recorded(Path(args.references) if args.references else None, data.name)
     rows |= references
     runs = [read_run(path, label, data) for path, label in zip(results, labels(results), strict=True)]
     for run in runs:

@@ -135,6 +135,12 @@ def test_a_page_without_training_files_and_with_some_users_only(toy, tmp_path):
     assert "LC-Rec has 2 of the users" in (tmp_path / "result.table.md").read_text()
 
 
+def test_the_results_name_their_data(toy, tmp_path):
+    write_run(tmp_path, {"arguments": {"data_path": str(toy), "dataset": "Toy", "index_file": ".index.json"}})
+    report.main(["--results_file", str(tmp_path / "result.json")])
+    assert "Toy: 4 users" in (tmp_path / "result.table.md").read_text()
+
+
 def test_the_order_of_the_lines_plays_no_part(toy, tmp_path):
     write_run(tmp_path, {})
     report.main(flags_for(tmp_path, toy))

@@ -20,9 +20,9 @@ import testing
 from data import load_data
 from prompt import load_prompts
 from prompt_style import PromptStyle
-from run_folder import model_fingerprint
+from run_folder import RunRecord, model_fingerprint
 from tasks import HistoryFormat
-from utils import UserError
+from utils import UserError, sha256
 
 
 @pytest.fixture(scope="module")
@@ -361,6 +361,28 @@ def test_results_are_verified_against_what_lies_there_now(world, tmp_path, capsy
         data_check.main(flags)
     shown = capsys.readouterr().out
     assert "toy.item.json: is not the file" in shown and "ckpt: is not the model" in shown
+
+
+def test_files_of_the_training_are_verified_too(world, tmp_path, capsys):
+    shutil.copytree(world, tmp_path / "w")
+    users = tmp_path / "w/toy/toy.user.json"
+    files = {"user": {"path": str(users), "sha256": sha256(users)}}
+    RunRecord([], {}, 1, "", {}, files, {}).write(tmp_path / "w/ckpt")
+    score(tmp_path / "w", tmp_path / "r.json")
+    flags = [
+        "--verify",
+        "--data_path",
+        str(tmp_path / "w"),
+        "--dataset",
+        "toy",
+        "--results_file",
+        str(tmp_path / "r.json"),
+    ]
+    data_check.main(flags)
+    users.write_text(users.read_text() + "\n")
+    with pytest.raises(UserError, match="1 files are not what they were"):
+        data_check.main(flags)
+    assert "toy.user.json: is not the file that the model was trained with" in capsys.readouterr().out
 
 
 def test_other_errors_are_not_taken_for_memory(world, tmp_path, monkeypatch):
