@@ -68,11 +68,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.fp16 and not torch.cuda.is_available():
         raise UserError("--fp16 needs a GPU; use --bf16 or neither on the CPU")
     silence_libraries()
-    check_choices(args)
+    check_choices(args.optim, args.lr_scheduler_type)
     check_trackers(args.report_to)
     if args.deepspeed.lower() == "none":
         args.deepspeed = None
-    stage = zero_stage(read_deepspeed(args))
+    stage = zero_stage(deepspeed_of(args))
     for flag in ("init_item_tokens", "prompt_file"):
         if getattr(args, flag) and (flag, getattr(args, flag)) != ("init_item_tokens", WORDS):
             try:
@@ -136,6 +136,12 @@ def item_swap(args: argparse.Namespace, n_items: int) -> ItemSwap | None:
     return ItemSwap(read_item_vectors(Path(args.init_item_tokens), n_items), args.swap_items)
 
 
+def deepspeed_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The DeepSpeed configuration that the flags name, checked against them; {} without one."""
+    precisions = {name for name in ("bf16", "fp16") if getattr(args, name)}
+    return read_deepspeed(args.deepspeed, args.per_device_batch_size, args.gradient_accumulation_steps, precisions)
+
+
 def first_evaluation(args: argparse.Namespace) -> float:
     """Epochs or steps before the first evaluation, as the strategy counts; the original's unless `--eval_delay` says it."""
     if args.eval_delay is not None:
@@ -166,7 +172,7 @@ def training_arguments(args: argparse.Namespace) -> Any:
         fp16=args.fp16,
         bf16=args.bf16,
         use_cpu=not torch.cuda.is_available(),
-        deepspeed=complete_deepspeed(read_deepspeed(args), Path(args.output_dir) / PREPARED),
+        deepspeed=complete_deepspeed(deepspeed_of(args), Path(args.output_dir) / PREPARED),
         activation_checkpointing=args.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
         logging_steps=args.logging_step,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +9,16 @@ from arguments import comma_list
 from utils import UserError, first_line, read_json, world_size
 
 
-def check_choices(args: argparse.Namespace) -> None:
-    """Refuse an optimiser or a schedule that transformers does not know. Raises UserError."""
+def check_choices(optimizer: str, scheduler: str) -> None:
+    """Refuse an optimiser (`--optim`) or a schedule that transformers does not know. Raises UserError."""
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
 
-    for flag, choices in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType)):
+    rows = (("optim", optimizer, OptimizerNames), ("lr_scheduler_type", scheduler, SchedulerType))
+    for flag, value, choices in rows:
         known = [choice.value for choice in choices]
-        if getattr(args, flag) not in known:
-            raise UserError(f"--{flag} {getattr(args, flag)}: unknown; known: {', '.join(known)}")
+        if value not in known:
+            raise UserError(f"--{flag} {value}: unknown; known: {', '.join(known)}")
 
 
 def check_trackers(report_to: str) -> None:
@@ -48,18 +48,18 @@ def check_optimizer(training: Any, model: Any) -> None:
 # ---- DeepSpeed ----
 
 
-def read_deepspeed(args: argparse.Namespace) -> dict[str, Any]:
-    """The content of `args.deepspeed`, {} without one.
+def read_deepspeed(path: str | None, batch: int, steps: int, precisions: set[str]) -> dict[str, Any]:
+    """The content of a DeepSpeed configuration, {} without one.
 
     Args:
-        args: the flags of `finetune.py`; batch size, accumulation and precision are theirs to say.
+        batch, steps: samples per process and batches per optimiser step, as the flags say.
+        precisions: those of "bf16" and "fp16" that the flags ask for.
 
     Raises:
         UserError: names the file and the key that is wrong or contradicts a flag.
     """
-    if not args.deepspeed:
+    if not path:
         return {}
-    path = args.deepspeed
     try:
         config = read_json(path)
     except UserError as error:
@@ -67,8 +67,7 @@ def read_deepspeed(args: argparse.Namespace) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"--deepspeed {path}: must be an object")
     _check_zero(path, config)
-    _check_precision(path, config, args)
-    batch, steps = args.per_device_batch_size, args.gradient_accumulation_steps
+    _check_precision(path, config, precisions)
     said = {
         "train_micro_batch_size_per_gpu": (batch, "--per_device_batch_size"),
         "gradient_accumulation_steps": (steps, "--gradient_accumulation_steps"),
@@ -114,13 +113,13 @@ def _check_zero(path: str, config: dict[str, Any]) -> None:
             )
 
 
-def _check_precision(path: str, config: dict[str, Any], args: argparse.Namespace) -> None:
+def _check_precision(path: str, config: dict[str, Any], precisions: set[str]) -> None:
     for key in ("bf16", "fp16"):
         section = config.get(key, {})
         enabled = section.get("enabled", False) if isinstance(section, dict) else None
         if not (isinstance(enabled, bool) or enabled == "auto"):
             raise UserError(f"--deepspeed {path}: {key!r} must be an object with 'enabled': true, false or auto")
-        if enabled is True and not getattr(args, key):
+        if enabled is True and key not in precisions:
             raise UserError(f'--deepspeed {path}: {key!r} is on without --{key}; write "auto", or add the flag')
 
 

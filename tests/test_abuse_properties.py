@@ -125,12 +125,11 @@ RECORD = RunRecord(
 )
 ADAPTER = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
 DEEPSPEED = json.loads((Path(__file__).parents[1] / "config/ds_z3_bf16.json").read_text())
-FLAGS = argparse.Namespace(per_device_batch_size=8, gradient_accumulation_steps=2, bf16=True, fp16=False)
 STATE = {"log_history": [{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.0}], "global_step": 2}
 
 
 def _deepspeed(folder: Path) -> Any:
-    return read_deepspeed(argparse.Namespace(**vars(FLAGS), deepspeed=str(folder / "x.json")))
+    return read_deepspeed(str(folder / "x.json"), 8, 2, {"bf16"})
 
 
 # what the file holds → its name, what reads it
