@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from chat_server import GOOD, ChatServer, stall
 from tiny_models import make_model
-from toy_data import INTERS, ITEMS
+from toy_data import INTERS, ITEMS, write_dataset
 
 import provenance
 from data import load_data
@@ -387,12 +387,13 @@ def test_a_local_model_of_chance(toy, tmp_path):
 
 
 @pytest.mark.slow
-def test_smollm2_writes_texts(toy, tmp_path):
+def test_smollm2_writes_texts(tmp_path):
     from data_process import base_model
 
     base_model.main(["smollm2", "--target", str(tmp_path / "smollm2")])
-    flags = ["--data_path", str(toy), "--dataset", "Toy", "--overwrite", "--local_model", str(tmp_path / "smollm2")]
-    user_texts.main([*flags, "--max_tokens", "120", "--tries", "2"])
+    toy = write_dataset(tmp_path / "data", inter={"0": INTERS["0"]}, user=None)  # a user: minutes on one core
+    flags = ["--data_path", str(toy), "--dataset", "Toy", "--local_model", str(tmp_path / "smollm2")]
+    user_texts.main([*flags, "--max_tokens", "100", "--tries", "2"])
     content = json.loads((toy / "Toy" / "Toy.user.json").read_text())
     assert content["made_by"]["texts_by_model"] > 0
     load_data(str(toy), "Toy", user_parts=("preference", "train", "test"))
