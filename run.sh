@@ -11,6 +11,7 @@
 #   DATASET ml-100k | DATA_PATH ./data | BASE_MODEL (a tiny LLaMA, made on the spot) | NPROC (the GPUs; 2 for a tiny model) | SEED 42
 #   OUTPUT_DIR ./ckpt/$DATASET | RESULTS_DIR ./results/$DATASET | MODELS_DIR ./models | DEEPSPEED ./config/ds_z3_bf16.json
 #   PORT 23324 | DATA_FLAGS, INDEX_FLAGS, FINETUNE_FLAGS, TEST_FLAGS: appended to the stage's command, so they win
+#   BEHAVIOUR 1 (0: a tiny model's indices from texts alone, so that new items can be added later)
 #   VENV .venv | PYTHON python3 | FORCE 0
 set -euo pipefail
 caller="$PWD"
@@ -81,7 +82,9 @@ stage_data() {
 }
 
 stage_embed() {
-  if [ "$BEHAVIOUR" = 0 ] && [ -e "$stem.index.json" ] && [ "${FORCE:-0}" != 1 ]; then echo "== embed: $stem.index.json is there, not needed"; return; fi
+  local needed=0
+  case "$FINETUNE_RECIPE" in *--init_item_tokens*) needed=1 ;; esac
+  if [ "$needed" = 0 ] && [ -e "$stem.index.json" ] && [ "${FORCE:-0}" != 1 ]; then echo "== embed: $stem.index.json is there, not needed"; return; fi
   if begin embed "$stem.emb-minilm-td.npy"; then
     python data_process/embed.py --data_path "$DATA_PATH" --dataset "$DATASET" --plm_name minilm \
       --model_path "$(python data_process/fetch.py minilm)" --overwrite
