@@ -33,6 +33,7 @@ ITEM_ID_FIELD: item_id
 TIME_FIELD: timestamp
 load_col:
   inter: [user_id, item_id, item_id_list]
+  item: [item_id]  # those that nobody met are ranked too
 benchmark_filename: [train, valid, test]
 alias_of_item_id: [item_id_list]
 MAX_ITEM_LIST_LENGTH: {longest}
