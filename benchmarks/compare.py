@@ -81,10 +81,18 @@ class Row:
     parameters: str = "–"
 
 
-def grid_text(models: Iterable[str] = GRID) -> str:
+def grid_text(grid: dict[str, list[Point]]) -> str:
     """The grid in words, a line for each model."""
-    points = {name: ", ".join(f"{rate:g}/{dropout:g}" for rate, dropout in GRID[name]) for name in models}
+    points = {name: ", ".join(f"{rate:g}/{dropout:g}" for rate, dropout in points) for name, points in grid.items()}
     return "\n".join(f"    {name}: learning rate/dropout {text}" for name, text in points.items())
+
+
+def grid_point(text: str) -> Point:
+    """`0.001/0.5` as (learning rate, dropout). Raises ValueError for anything else."""
+    rate, dropout = map(float, text.split("/"))
+    if not (0 < rate < 1 and 0 <= dropout < 1):
+        raise ValueError
+    return rate, dropout
 
 
 # ---- ranks by user, and what is counted from them ----
@@ -192,15 +200,15 @@ class Tuning:
             raise UserError(f"{path}: has {len(found):,} of {len(targets):,} users")
         return found
 
-    def tune(self, model: str, seed: int) -> tuple[Point, dict[str, Any]]:
-        """The best point of the model's grid, and `{point: {"ndcg@10", "epochs", "seconds"}}` of all on validation."""
+    def tune(self, model: str, points: list[Point], seed: int) -> tuple[Point, dict[str, Any]]:
+        """The best of `points`, and `{point: {"ndcg@10", "epochs", "best_epoch", "seconds"}}` of all on validation."""
         found: dict[Point, dict[str, Any]] = {}
-        for number, point in enumerate(GRID[model], 1):
+        for number, point in enumerate(points, 1):
             folder, trained = self.run(model, point, seed)
             score = ndcg(self.ranks(folder, "valid"))
             found[point] = {"ndcg@10": score, **{key: trained[key] for key in ("epochs", "best_epoch", "seconds")}}
             say(
-                f"{model} {number}/{len(GRID[model])}: learning rate {point[0]:g}, dropout {point[1]:g}: validation "
+                f"{model} {number}/{len(points)}: learning rate {point[0]:g}, dropout {point[1]:g}: validation "
                 f"NDCG@10 {score:.4f}, epoch {trained['best_epoch']} of {trained['epochs']}, {clock(trained['seconds'])}"
             )
         best = max(found, key=lambda point: found[point]["ndcg@10"])
@@ -281,10 +289,13 @@ def write_references(path: Path, dataset: str, rows: dict[str, Row], command: st
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = make_parser(str(__doc__).format(grid=grid_text()))
+    parser = make_parser(str(__doc__).format(grid=grid_text(GRID)))
     parser.add_argument("--data_path", default="./data", help="folder that holds <dataset>/")
     parser.add_argument("--dataset", required=True, help="name of the dataset")
     parser.add_argument("--models", nargs="*", default=list(GRID), choices=list(GRID), help="which of RecBole's models")
+    parser.add_argument(
+        "--grid", nargs="+", type=grid_point, metavar="RATE/DROPOUT", help="points for every model instead of the above"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[42], help="the first is the grid's")
     parser.add_argument("--max_his_len", type=int, default=20, help="items of history at most; -1: all")
     parser.add_argument(
@@ -300,12 +311,13 @@ def main(argv: list[str] | None = None) -> None:
     rows = {"popularity": Row({user: [rank] for user, rank in zip(data.inters, places, strict=True)})}
     grids, chosen = {}, {}
     if options.models:
-        say(f"grid:\n{grid_text(options.models)}")
+        grid = {model: options.grid or GRID[model] for model in options.models}
+        say(f"grid:\n{grid_text(grid)}")
         config_file = prepare(options.data_path, data.name, folder / "recbole", options.max_his_len)
         identity = {"max_his_len": options.max_his_len, "data": data_hashes(options.data_path, data.name)}
         tuning = Tuning(data, folder, config_file, identity)
         for model in options.models:
-            point, grids[model] = tuning.tune(model, options.seeds[0])
+            point, grids[model] = tuning.tune(model, grid[model], options.seeds[0])
             chosen[model] = f"learning rate {point[0]:g}, dropout {point[1]:g}"
             rows[model] = tuning.row(model, point, options.seeds)
     tables = [result_table(rows | ours, len(data.inters))]

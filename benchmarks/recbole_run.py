@@ -65,15 +65,10 @@ def write_lists(model, dataset, part, path: Path) -> None:
             scores[:, 0] = -torch.inf  # padding is no item
             best = scores.topk(min(DEPTH, scores.shape[1] - 1))
             lists = dataset.id2token("item_id", best.indices.cpu().numpy())
-            users, truths = dataset.id2token("user_id", rows["user_id"].cpu()), dataset.id2token("item_id", targets)
+            users = dataset.id2token("user_id", rows["user_id"].cpu().numpy())
+            truths = dataset.id2token("item_id", targets.cpu().numpy())
             for user, truth, items, values in zip(users, truths, lists, best.values.tolist(), strict=True):
-                record = {
-                    "prompt_id": 0,
-                    "sample": number,
-                    "user": user,
-                    "target": int(truth),
-                    "target_item": int(truth),
-                }
+                record = {"prompt_id": 0, "sample": number, "user": user, "target": int(truth)}
                 record |= {"items": [int(item) for item in items], "scores": [round(value, 6) for value in values]}
                 file.write(json.dumps(record) + "\n")
                 number += 1
@@ -86,6 +81,7 @@ def main() -> None:
     settings = json.loads(Path("settings.json").read_text(encoding="utf-8"))
     choices = {**settings["recbole"], "use_gpu": torch.cuda.is_available(), "checkpoint_dir": "."}
     config = Config(settings["model"], settings["dataset"], config_file_list=[sys.argv[1]], config_dict=choices)
+    config["data_path"] = str(Path(sys.argv[1]).parent)  # RecBole would take its own copy for the name ml-100k
     logging.info(config)
     init_seed(config["seed"], config["reproducibility"])
     dataset = create_dataset(config)
