@@ -6,8 +6,8 @@
 
 Leave one out, the last `--max_his_len` items as history, all items ranked, what the user has met included. RecBole 1.2.1 trains
 in an environment of its own, which the first run makes. Every model has RecBole's own size (64 dimensions; SASRec and BERT4Rec
-two layers, GRU4Rec one of 128), cross-entropy over all items, Adam, batches of 1,024, and stops after ten epochs without a
-better NDCG@10 on the validation targets. The setting with the best validation NDCG@10 of this grid is tested, with every seed:
+two layers, GRU4Rec one of 128), cross-entropy over all items, Adam, and stops after ten epochs without a better NDCG@10 on the
+validation targets. The setting with the best validation NDCG@10 of this grid is tested, with every seed:
 {grid}
 `--results` adds lists that test.py wrote (several files of one name: seeds), and a table of differences with 95 % intervals by a
 paired bootstrap over the users that both have. All figures come from lists of 20 items by metrics/ranking.py. Popularity
@@ -41,19 +41,18 @@ from results import read_predictions
 from utils import UserError, atomic_path, read_json, run_main, say, versions, write_json
 
 Ranks = dict[str, list[int]]  # user → the target's rank from 0 (-1: not in the list) for each prompt and seed
-Point = tuple[float, float]  # learning rate, dropout
+Point = tuple[float, float, int]  # learning rate, dropout, batch
 DROPOUTS = {
     "SASRec": ("hidden_dropout_prob", "attn_dropout_prob"),
     "GRU4Rec": ("dropout_prob",),
     "BERT4Rec": ("hidden_dropout_prob", "attn_dropout_prob"),
 }
 GRID: dict[str, list[Point]] = {
-    "SASRec": [(rate, dropout) for rate in (1e-3, 3e-3) for dropout in (0.2, 0.5)],
-    "GRU4Rec": [(rate, dropout) for rate in (1e-3, 3e-3) for dropout in (0.1, 0.3)],
-    "BERT4Rec": [(rate, dropout) for rate in (1e-3, 3e-3) for dropout in (0.2,)],
+    "SASRec": [(1e-3, dropout, batch) for batch in (1024, 256) for dropout in (0.2, 0.5)],
+    "GRU4Rec": [(rate, dropout, 256) for rate in (1e-3, 3e-3) for dropout in (0.1, 0.3)],
+    "BERT4Rec": [(rate, 0.2, 256) for rate in (1e-3, 3e-3)],
 }
 RECBOLE = {
-    "train_batch_size": 1024,
     "eval_batch_size": 1024,
     "epochs": 300,
     "stopping_step": 10,
@@ -81,18 +80,28 @@ class Row:
     parameters: str = "–"
 
 
-def grid_text(grid: dict[str, list[Point]]) -> str:
-    """The grid in words, a line for each model."""
-    points = {name: ", ".join(f"{rate:g}/{dropout:g}" for rate, dropout in points) for name, points in grid.items()}
-    return "\n".join(f"    {name}: learning rate/dropout {text}" for name, text in points.items())
+def point_text(point: Point) -> str:
+    """`0.001/0.5/256`."""
+    return "/".join(f"{value:g}" for value in point)
+
+
+def point_words(point: Point) -> str:
+    """The same in words."""
+    return "learning rate {:g}, dropout {:g}, batches of {}".format(*point)
 
 
 def grid_point(text: str) -> Point:
-    """`0.001/0.5` as (learning rate, dropout). Raises ValueError for anything else."""
-    rate, dropout = map(float, text.split("/"))
-    if not (0 < rate < 1 and 0 <= dropout < 1):
+    """`0.001/0.5/256` as (learning rate, dropout, batch). Raises ValueError for anything else."""
+    rate, dropout, batch = text.split("/")
+    if not (0 < float(rate) < 1 and 0 <= float(dropout) < 1 and int(batch) > 0):
         raise ValueError
-    return rate, dropout
+    return float(rate), float(dropout), int(batch)
+
+
+def grid_text(grid: dict[str, list[Point]]) -> str:
+    """The grid in words, a line for each model."""
+    lines = (f"    {name}: {', '.join(map(point_text, points))}" for name, points in grid.items())
+    return "\n".join(lines) + "    (learning rate/dropout/batch)"
 
 
 # ---- ranks by user, and what is counted from them ----
@@ -184,9 +193,14 @@ class Tuning:
 
     def run(self, model: str, point: Point, seed: int) -> tuple[Path, dict[str, Any]]:
         """Train one model, unless that is done; its folder and `trained.json`."""
-        rate, dropout = point
-        folder = self.folder / model / f"rate{rate:g}-dropout{dropout:g}-seed{seed}"
-        chosen = {"learning_rate": rate, **dict.fromkeys(DROPOUTS[model], dropout), "seed": seed}
+        rate, dropout, batch = point
+        folder = self.folder / model / f"rate{rate:g}-dropout{dropout:g}-batch{batch}-seed{seed}"
+        chosen = {
+            "learning_rate": rate,
+            **dict.fromkeys(DROPOUTS[model], dropout),
+            "train_batch_size": batch,
+            "seed": seed,
+        }
         settings = {"model": model, "dataset": self.data.name, "recbole": {**RECBOLE, **chosen}, **self.identity}
         return folder, train(folder, self.config_file, settings)
 
@@ -208,11 +222,11 @@ class Tuning:
             score = ndcg(self.ranks(folder, "valid"))
             found[point] = {"ndcg@10": score, **{key: trained[key] for key in ("epochs", "best_epoch", "seconds")}}
             say(
-                f"{model} {number}/{len(points)}: learning rate {point[0]:g}, dropout {point[1]:g}: validation "
-                f"NDCG@10 {score:.4f}, epoch {trained['best_epoch']} of {trained['epochs']}, {clock(trained['seconds'])}"
+                f"{model} {number}/{len(points)}: {point_words(point)}: validation NDCG@10 {score:.4f}, "
+                f"epoch {trained['best_epoch']} of {trained['epochs']}, {clock(trained['seconds'])}"
             )
         best = max(found, key=lambda point: found[point]["ndcg@10"])
-        return best, {f"{rate:g}/{dropout:g}": row for (rate, dropout), row in found.items()}
+        return best, {point_text(point): row for point, row in found.items()}
 
     def row(self, model: str, point: Point, seeds: list[int]) -> Row:
         """The test figures of a model with its chosen setting."""
@@ -277,6 +291,18 @@ def difference_table(ours: dict[str, Row], others: dict[str, Row]) -> str:
     return markdown(table)
 
 
+def notes(data: RecData, grids: dict[str, dict[str, Any]], chosen: dict[str, str], seeds: str) -> str:
+    """What was ranked, and a line for each model about its grid."""
+    lines = [
+        f"{data.name}: {len(data.inters):,} users, all {len(data.titles):,} items ranked; brackets: 95 % bootstrap over users."
+    ]
+    for model, points in grids.items():
+        scores = ", ".join(f"{point} {row['ndcg@10']:.4f}" for point, row in points.items())
+        total = clock(sum(row["seconds"] for row in points.values()))
+        lines.append(f"{model}: {chosen[model]}, seeds {seeds}; grid, validation NDCG@10: {scores}; all of it {total}.")
+    return "\n".join(lines)
+
+
 def write_references(path: Path, dataset: str, rows: dict[str, Row], command: str, chosen: dict[str, str]) -> None:
     """Replace the rows of these models for `dataset` in a file of recorded references (`report.recorded`)."""
     content = read_json(path) if path.exists() else {}
@@ -294,7 +320,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dataset", required=True, help="name of the dataset")
     parser.add_argument("--models", nargs="*", default=list(GRID), choices=list(GRID), help="which of RecBole's models")
     parser.add_argument(
-        "--grid", nargs="+", type=grid_point, metavar="RATE/DROPOUT", help="points for every model instead of the above"
+        "--grid",
+        nargs="+",
+        type=grid_point,
+        metavar="RATE/DROPOUT/BATCH",
+        help="points for every model instead of the above",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[42], help="the first is the grid's")
     parser.add_argument("--max_his_len", type=int, default=20, help="items of history at most; -1: all")
@@ -318,17 +348,12 @@ def main(argv: list[str] | None = None) -> None:
         tuning = Tuning(data, folder, config_file, identity)
         for model in options.models:
             point, grids[model] = tuning.tune(model, grid[model], options.seeds[0])
-            chosen[model] = f"learning rate {point[0]:g}, dropout {point[1]:g}"
+            chosen[model] = point_words(point)
             rows[model] = tuning.row(model, point, options.seeds)
     tables = [result_table(rows | ours, len(data.inters))]
     tables += [difference_table(ours, rows)] if ours else []
     seeds = " ".join(map(str, options.seeds))
-    note = f"{data.name}: {len(data.inters):,} users, all {len(data.titles):,} items ranked; brackets: 95 % bootstrap over users."
-    for model, points in grids.items():
-        scores = ", ".join(f"{point} {row['ndcg@10']:.4f}" for point, row in points.items())
-        total = clock(sum(row["seconds"] for row in points.values()))
-        note += f"\n{model}: {chosen[model]}, seeds {seeds}; validation NDCG@10 by learning rate/dropout: {scores}; grid {total}."
-    text = "\n\n".join([*tables, note]) + "\n"
+    text = "\n\n".join([*tables, notes(data, grids, chosen, seeds)]) + "\n"
     with atomic_path(folder / "compare.md") as path:
         path.write_text(text, encoding="utf-8")
     record = {"arguments": vars(options), "versions": versions(), "grids": grids, "chosen": chosen}

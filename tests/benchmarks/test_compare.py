@@ -140,13 +140,13 @@ def test_recbole_trains_and_its_lists_have_its_own_score(tmp_path, monkeypatch, 
         pytest.skip(str(error))
     write_drawn_dataset(tmp_path)
     monkeypatch.setitem(compare.RECBOLE, "epochs", 2)
-    monkeypatch.setattr(compare, "GRID", {"BERT4Rec": [(1e-3, 0.2)]})
+    monkeypatch.setattr(compare, "GRID", {"BERT4Rec": [(1e-3, 0.2, 64)]})
     work = tmp_path / "w"
     flags = ["--data_path", str(tmp_path), "--dataset", "Toy", "--work", str(work), "--models", "BERT4Rec"]
     compare.main(flags)
-    trained = read_json(work / "Toy/BERT4Rec/rate0.001-dropout0.2-seed42/trained.json")
+    trained = read_json(work / "Toy/BERT4Rec/rate0.001-dropout0.2-batch64-seed42/trained.json")
     grid = read_json(work / "Toy/compare.json")["grids"]["BERT4Rec"]
-    assert grid["0.001/0.2"]["ndcg@10"] == pytest.approx(trained["validation_by_recbole"], abs=1e-5)
+    assert grid["0.001/0.2/64"]["ndcg@10"] == pytest.approx(trained["validation_by_recbole"], abs=1e-5)
     before = capsys.readouterr().out.splitlines()[-6:]
     monkeypatch.setattr(baselines.subprocess, "run", None)
     compare.main(flags)
