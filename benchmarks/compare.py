@@ -293,9 +293,8 @@ def difference_table(ours: dict[str, Row], others: dict[str, Row]) -> str:
 
 def notes(data: RecData, grids: dict[str, dict[str, Any]], chosen: dict[str, str], seeds: str) -> str:
     """What was ranked, and a line for each model about its grid."""
-    lines = [
-        f"{data.name}: {len(data.inters):,} users, all {len(data.titles):,} items ranked; brackets: 95 % bootstrap over users."
-    ]
+    ranked = f"{data.name}: {len(data.inters):,} users, all {len(data.titles):,} items ranked"
+    lines = [f"{ranked}; brackets: 95 % bootstrap over users."]
     for model, points in grids.items():
         scores = ", ".join(f"{point} {row['ndcg@10']:.4f}" for point, row in points.items())
         total = clock(sum(row["seconds"] for row in points.values()))
