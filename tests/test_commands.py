@@ -4,24 +4,18 @@ import json
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from running import as_script, free_port
 from toy_data import write_dataset
 
 from data_process import base_model
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.slow
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -87,12 +81,18 @@ def test_the_papers_commands(tmp_path):
         assert (same[name].float() - tensor.float()).abs().max() < 2e-3, name
 
 
+def test_a_process_ends_with_status_2(tmp_path):
+    command = [sys.executable, "data.py", "--check", "--data_path", str(tmp_path), "--dataset", "Nope"]
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
         ("finetune.py --data_path {data} --dataset Nope --deepspeed none", "no such folder"),
         ("finetune.py --data_path {data} --dataset Toy --deepspeed none --tasks seqrec,typo", "unknown task 'typo'"),
-        ("finetune.py --data_path {data} --dataset Toy --deepspeed none --tasks seqrec", "has 6 numbers"),
+        ("finetune.py --dataset Toy --deepspeed none --tasks seqrec --train_data_sample_num 1,1", "has 2 numbers"),
         ("finetune.py --data_path {data} --dataset Toy --deepspeed nope.json", "no such file"),
         ("finetune.py --data_path {data} --dataset Toy --deepspeed none --base_model {data}/nope", "no such folder"),
         ("test.py --data_path {data} --dataset Toy --ckpt_path {base}", "lacks 10 of the 10 item tokens"),
@@ -115,8 +115,7 @@ def test_wrong_input_is_one_line_and_status_2(tmp_path, command, message):
     words = shlex.split(command.format(data=tmp_path / "data", base=base))
     results = ["--results_file", str(tmp_path / "result.json")] if words[0] == "test.py" else []
     output = ["--output_dir", str(tmp_path / "out")] if words[0] == "finetune.py" else []
-    run = [sys.executable, *words, *results, *output]
-    result = subprocess.run(run, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    result = as_script(*words, *results, *output)
     assert result.returncode == 2, result.stdout + result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0], result.stderr
