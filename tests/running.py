@@ -21,13 +21,13 @@ ROOT = Path(__file__).resolve().parent.parent
 IMPORTED = "numpy torch torch.distributed transformers.trainer transformers.models.llama.modeling_llama peft deepspeed"
 
 
-def as_script(*words: str | Path) -> subprocess.CompletedProcess:
-    """What `python WORDS…` does at the root, but in this process."""
+def as_script(*words: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """What `python WORDS…` does in `cwd`, the script named as seen from the root, but in this process."""
     path, argv, places = ROOT / words[0], sys.argv, list(sys.path)
     out, err, status = io.StringIO(), io.StringIO(), 0
     try:
         sys.argv, sys.path[:] = list(map(str, words)), [str(path.parent), *places]
-        with contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             runpy.run_path(str(path), run_name="__main__")
     except SystemExit as end:
         status = end.code or 0

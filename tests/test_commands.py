@@ -69,13 +69,14 @@ def test_the_papers_commands(tmp_path):
     delta, rebuilt = tmp_path / "delta", tmp_path / "rebuilt"
     base = finals[-1]  # any model of the same shape serves as the base of a delta
     for command in (
-        f"python convert/make_delta.py --base-model-path {base} --target-model-path {trained} --delta-path {delta}",
-        f"python convert/merge_delta.py --base-model-path {base} --target-model-path {rebuilt} --delta-path {delta} "
+        f"convert/make_delta.py --base-model-path {base} --target-model-path {trained} --delta-path {delta}",
+        f"convert/merge_delta.py --base-model-path {base} --target-model-path {rebuilt} --delta-path {delta} "
         "--low-cpu-mem",
-        f"python convert/convert_fp16.py --in-checkpoint {base} --out-checkpoint {tmp_path / 'half'}",
-        f"python convert/convert.py -s {sorted(trained.glob('checkpoint-*'))[-1]} -t {tmp_path / 'again'}",
+        f"convert/convert_fp16.py --in-checkpoint {base} --out-checkpoint {tmp_path / 'half'}",
+        f"convert/convert.py -s {sorted(trained.glob('checkpoint-*'))[-1]} -t {tmp_path / 'again'}",
     ):
-        shell(command)
+        result = as_script(*shlex.split(command))
+        assert result.returncode == 0, result.stderr
     same = AutoModelForCausalLM.from_pretrained(rebuilt).state_dict()
     for name, tensor in model.state_dict().items():
         assert (same[name].float() - tensor.float()).abs().max() < 2e-3, name
