@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
 import tasks
-from arguments import whole
+from flag_values import whole
 from utils import run_main
 
 
