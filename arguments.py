@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
@@ -14,8 +16,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tasks import TASKS
-from utils import UserError
+from utils import UserError, is_plain_name
 
+TRILLION = 10**12
 LORA_TARGETS = "q_proj,v_proj,k_proj,o_proj,gate_proj,down_proj,up_proj"
 
 
@@ -35,30 +38,35 @@ class Role(Enum):
 # ---- kinds of values ----
 
 
-def text(value: str) -> str:
-    """Any text that UTF-8 can write. Used as an argparse type, as all kinds below."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"{value!r} is not valid UTF-8") from None
-    return value
-
-
 def file_name(value: str) -> str:
-    """A kind: the path of a file."""
-    if not Path(text(value)).name:
+    """A kind: the path of a file. Used as an argparse type, as all kinds below."""
+    if Path(value).name in ("", ".."):
         raise argparse.ArgumentTypeError(f"{value!r} is not the name of a file")
     return value
 
 
 def folder_name(value: str) -> str:
     """A kind: the path of a folder (a point for this one)."""
-    if not text(value):
+    if not value:
         raise argparse.ArgumentTypeError("'' is not the name of a folder")
     return value
 
 
-def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+def array_file(value: str) -> Path:
+    """A kind: the path of a file of an array, so that no other file is overwritten with one."""
+    if Path(value).suffix != ".npy":
+        raise argparse.ArgumentTypeError(f"{value!r} does not end in .npy")
+    return Path(value)
+
+
+def plain_name(value: str) -> str:
+    """A kind: the name of a file or folder, such as a dataset's, without any path in it."""
+    if not is_plain_name(value):
+        raise argparse.ArgumentTypeError(f"{value!r} is not a plain name such as Games, but a path")
+    return value
+
+
+def whole(low: int, high: int = TRILLION) -> Callable[[str], int]:
     """A kind: whole numbers from `low` to `high`."""
 
     def kind(value: str) -> int:
@@ -66,11 +74,11 @@ def whole(low: int, high: int | None = None) -> Callable[[str], int]:
             number = int(value) if len(value) <= 20 else None
         except ValueError:
             number = None
-        if number is None or number < low or (high is not None and number > high):
+        if number is None or not low <= number <= high:
             raise argparse.ArgumentTypeError(f"{value[:40]!r} is not {kind.__doc__}")
         return number
 
-    kind.__doc__ = f"a whole number from {low}" + (f" to {high}" if high is not None else " on")
+    kind.__doc__ = f"a whole number from {low}" + (" on, 10^12 at most" if high == TRILLION else f" to {high}")
     return kind
 
 
@@ -109,6 +117,8 @@ def steps_or_all(value: str) -> int:
     return number
 
 
+SEEDS = whole(0, 2**32 - 1)
+
 # ---- flags ----
 
 
@@ -123,7 +133,7 @@ class Flag:
     name: str
     default: Any
     help: str
-    kind: Callable[[str], Any] | None = text
+    kind: Callable[[str], Any] | None = str
     role: Role = Role.RESULT
     choices: tuple[str, ...] | None = None
     metavar: str | None = None
@@ -141,13 +151,13 @@ class Flag:
 
 
 GLOBAL = (
-    Flag("seed", 42, "seed of every random choice", whole(0, 2**32 - 1)),
+    Flag("seed", 42, "seed of every random choice", SEEDS),
     Flag("base_model", "./llama-7b/", "causal LM: a local folder or a hub id", folder_name, Role.FREE),
     Flag("output_dir", "./ckpt/", "where checkpoints and the final model go", folder_name, Role.FREE),
 )
 DATASET = (
     Flag("data_path", "", "folder that holds <dataset>/", role=Role.FREE),
-    Flag("dataset", "Games", "name of the dataset, and of its folder"),
+    Flag("dataset", "Games", "name of the dataset, and of its folder", plain_name),
     Flag("index_file", ".index.json", "ending of the index file: <dataset><index_file>", role=Role.FREE),
 )
 # How a model is asked. It must be asked as it was trained, so these are saved beside its weights (prompt_style.py).
@@ -357,7 +367,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise `message`."""
-        raise UserError(f"{message.removeprefix('argument ')} (--help explains the flags)")
+        raise UserError(f"{message.removeprefix('argument ')[:500]} (--help explains the flags)")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, for words that files and the system can take: UTF-8, without NUL."""
+        flag = ""
+        for word in map(str, sys.argv[1:] if args is None else args):
+            flag = word.partition("=")[0] if word.startswith("-") else flag
+            if re.search("[\0\ud800-\udfff]", word):
+                self.error(f"{flag}: {ascii(word)[:80]} is not valid UTF-8, or holds a NUL")
+        return super().parse_known_args(args, namespace)
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from convert.scan import check_checkpoint
-from utils import UserError, checkpoints, read_json, say
+from utils import UserError, checkpoints, first_line, read_json, say
+
+
+@contextlib.contextmanager
+def unfit_is_said(checkpoint: str | Path | None, what: str) -> Iterator[None]:
+    """Whatever goes wrong while `what` of a checkpoint takes its place in the trainer is a `UserError`."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  (what is not of this run fails in any way)
+        raise UserError(
+            f"{checkpoint}: its {what} cannot be gone on from ({first_line(error)}); name an older checkpoint"
+        ) from None
 
 
 def find_resume(named: str | None, lora: bool, folder: Path) -> tuple[Path | None, Path | None]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from typing import Any
 
 from arguments import Role, with_role
 from folders import LOADERS, locked
-from utils import UserError, checkpoints, read_json, say, sha256, write_json
+from utils import UserError, checkpoints, is_plain_name, read_json, say, sha256, write_json
 
 RECORD, LOG, TENSORBOARD = "run.json", "train.log", "runs"
 PREPARED, FINAL, REPLACED, DROPPED = "base_with_item_tokens", ".final", ".replaced", ".replaced.partial"
@@ -62,6 +61,8 @@ class RunRecord:
             raise UserError(f"{path}: is no record of a run of finetune.py; put the run's own back, or begin anew")
         if not all(isinstance(file, dict) and {"path", "sha256"} <= file.keys() for file in content["files"].values()):
             raise UserError(f"{path}: 'files' must have path and sha256 of each file")
+        if not all(isinstance(name, str) and is_plain_name(name) for name in content["written"]):
+            raise UserError(f"{path}: 'written' must be names of files in its folder")
         return cls(**{key: content[key] for key in kinds})
 
     def write(self, folder: Path) -> None:
@@ -192,7 +193,7 @@ class RunFolder:
         """What the run here wrote, and the models that convert.sh made of its checkpoints."""
         record = self.record()
         names = [RECORD, LOG, TENSORBOARD, *(record.written if record else [])]
-        found = [self / name for name in names if Path(name).name == name and (self / name).exists()]
+        found = [self / name for name in dict.fromkeys(names) if (self / name).exists()]
         found += [path for path in self.path.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
         return found + [p for p in self.path.glob("final-checkpoint-*") if (p / "convert_report.json").is_file()]
 
@@ -259,7 +260,7 @@ def log_history(checkpoint: Path) -> list[dict[str, float]]:
             {
                 str(key): float(value)
                 for key, value in row.items()
-                if type(value) in (int, float) and math.isfinite(value)
+                if type(value) in (int, float) and abs(value) < 1e30  # nor NaN
             }
             for row in history
         ]

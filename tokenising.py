@@ -13,8 +13,8 @@ from transformers import AddedToken, AutoTokenizer, LlamaTokenizer, PreTrainedTo
 
 from collator import adds_bos
 from data import ITEM_TOKEN, RecData
-from reading import check_model_folder
-from utils import UserError, first_line, read_json
+from reading import check_model_folder, faults_said
+from utils import UserError, read_json
 
 
 def load_tokenizer(path: str | Path, model_max_length: int = 2048) -> Any:
@@ -24,19 +24,13 @@ def load_tokenizer(path: str | Path, model_max_length: int = 2048) -> Any:
     """
     check_model_folder(path)
     options = {"model_max_length": model_max_length, "padding_side": "right"}
-    try:
+    with faults_said(path, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
         if _is_bare(Path(path)) and not begins_with_a_blank(tokenizer) and _sentencepiece_does(Path(path)):
             tokenizer = LlamaTokenizer.from_pretrained(
                 path, trust_remote_code=False, **options
             )  # told of no class, transformers takes another
         tokenizer("a")
-    except MemoryError:
-        raise
-    except BaseException as error:  # noqa: BLE001  (files can be wrong in any way; tokenizers panics outside Exception)
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
-        raise UserError(f"{path}: no tokenizer can be loaded ({first_line(error)})") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no end-of-sequence token")
     if tokenizer.pad_token_id is None:

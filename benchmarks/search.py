@@ -18,7 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from arguments import add_dataset, make_parser
+from arguments import SEEDS, add_dataset, make_parser
 from data import RecData, load_data
 from data_process.encoder import encode, load_encoder, longest_input
 from data_process.fetch import fetch
@@ -88,7 +88,7 @@ def own_words(data: RecData, samples: TestSet, numbers: list[int]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add_dataset(parser)
-    parser.add_argument("--seed", type=int, default=42, help="that of test.py: it draws the wording")
+    parser.add_argument("--seed", type=SEEDS, default=42, help="that of test.py: it draws the wording")
     parser.add_argument(
         "--results", nargs="*", default=[], metavar="NAME=FILE", help="models: a line's name and a results file"
     )

@@ -327,12 +327,15 @@ def _as_text(name: str, kind: pl.DataType) -> pl.Expr:
 def table_files(pattern: str) -> list[Path]:
     """The files of a path, a folder (all Parquet, CSV and JSONL files in it, or below it) or a pattern, sorted by name."""
     path = Path(pattern)
-    if path.is_dir():
+    if pattern and path.is_dir():
         found = sorted(file for file in path.rglob("*") if table_kind(file) and not file.name.startswith(("_", ".")))
     else:
-        found = [path] if path.exists() else sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+        try:
+            found = [path] if pattern and path.exists() else sorted(Path(path.anchor).glob(pattern.lstrip("/")))
+        except (NotImplementedError, ValueError, re.error):
+            found = []
     if not found:
-        raise UserError(f"{pattern}: no such file, or no table in this folder (.csv, .tsv, .jsonl, .parquet)")
+        raise UserError(f"{pattern!r}: no such file, or no table in this folder (.csv, .tsv, .jsonl, .parquet)")
     return found
 
 
