@@ -40,7 +40,7 @@ class Role(Enum):
 
 def file_name(value: str) -> str:
     """A kind: the path of a file. Used as an argparse type, as all kinds below."""
-    if Path(value).name in ("", ".."):
+    if Path(value).name in ("", "..") or value.endswith("/"):
         raise argparse.ArgumentTypeError(f"{value!r} is not the name of a file")
     return value
 
@@ -234,11 +234,11 @@ TRAIN = (
         "new_rows_learning_rate",
         None,
         "peak learning rate of the item tokens' rows, as that of all other weights if absent",
-        real(0, above_low=True),
+        real(0, below=1e12, above_low=True),
     ),
     Flag("optim", "adamw_torch", "a transformers optimiser name (adamw_torch, adamw_bnb_8bit, …)"),
-    Flag("epochs", 4, "passes over the training samples", real(0, above_low=True)),
-    Flag("learning_rate", 2e-5, "peak learning rate", real(0, above_low=True)),
+    Flag("epochs", 4, "passes over the training samples", real(0, below=1e6, above_low=True)),
+    Flag("learning_rate", 2e-5, "peak learning rate", real(0, below=1e12, above_low=True)),
     Flag("per_device_batch_size", 8, "samples per process and step", whole(1)),
     Flag("gradient_accumulation_steps", 2, "batches per optimiser step", whole(1)),
     Flag(
@@ -257,7 +257,7 @@ TRAIN = (
         "which the paper's checkpoints were trained (a LLaMA base only); paper: 2023 for a LLaMA base, else base",
         choices=("base", "2023", "paper"),
     ),
-    Flag("weight_decay", 0.01, "decoupled weight decay of AdamW", real(0)),
+    Flag("weight_decay", 0.01, "decoupled weight decay of AdamW", real(0, below=1e12)),
     Flag("dropout", 0.0, "share dropped of the embeddings and of each layer's branches, in training", real(0, below=1)),
     Flag(
         "resume_from_checkpoint",
@@ -298,8 +298,8 @@ TRAIN = (
 )
 LORA = (
     Flag("lora", False, "train an adapter instead of all weights", None),
-    Flag("lora_r", 8, "rank", whole(1)),
-    Flag("lora_alpha", 32, "scale: alpha / rank", whole(1)),
+    Flag("lora_r", 8, "rank", whole(1, 2**16 - 1)),
+    Flag("lora_alpha", 32, "scale: alpha / rank", whole(1, 2**16 - 1)),
     Flag("lora_dropout", 0.05, "dropout before the adapter", real(0, below=1)),
     Flag("lora_target_modules", LORA_TARGETS, "modules with an adapter, by commas"),
     Flag("lora_modules_to_save", "embed_tokens,lm_head", "modules trained whole, by commas"),
@@ -467,6 +467,8 @@ def parse_tasks(tasks: str, prompt_numbers: str, sample_numbers: str) -> list[tu
         if not all(part.isascii() and part.isdigit() and len(part) <= 18 for part in parts):
             raise UserError(f"--{flag}: {value!r} is not a list of whole numbers from 0")
         numbers.append([int(part) for part in parts])
+    if max(numbers[0]) > 10**6:
+        raise UserError(f"--train_prompt_sample_num: {max(numbers[0])} copies of a sample an epoch; 1,000,000 at most")
     if 0 in numbers[0]:
         raise UserError("--train_prompt_sample_num must be 1 or more; leave a task out with --tasks")
     return list(zip(names, *numbers, strict=True))

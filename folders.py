@@ -137,7 +137,10 @@ def what_failed(error: Exception, *places: Path) -> str:
 def _real(target: str | Path) -> Path:
     """The folder itself where `target` is a link to one: it is replaced, not the link."""
     target = Path(target)
-    return target.resolve() if target.is_symlink() else target
+    try:
+        return target.resolve() if target.is_symlink() else target
+    except RuntimeError:
+        raise UserError(f"{target}: cannot be read (a link to itself)") from None
 
 
 def _beside(target: Path, ending: str) -> Path:

@@ -94,10 +94,19 @@ def model_config(path: str | Path) -> Any:
     with faults_said(path, "configuration"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         layers = int(getattr(config.get_text_config(), "num_hidden_layers", 0))
+        _refuse_kernels(path, config)
     names = _tensor_names(Path(path))
     if names and layers > len(names):  # building so many would take for ever
         raise UserError(f"{path}: config.json has {layers} layers, but the weights are {len(names)} tensors in all")
     return config
+
+
+def _refuse_kernels(path: str | Path, config: Any) -> None:
+    """A kernel of the hub, `owner/name`, is code."""
+    for kind in ("attn", "experts"):
+        name = str(getattr(config, f"_{kind}_implementation", ""))
+        if "/" in name:
+            raise UserError(f"{path}: config.json asks for {name} from the hub, which is code and is not run")
 
 
 # ---- models ----
@@ -115,9 +124,11 @@ def load_model(
     Raises:
         UserError: there is no model that loads, or its weights are not those of its configuration.
     """
-    model_config(path)
+    config = model_config(path)
     if (Path(path) / ADAPTER).exists():  # transformers would apply it in passing
         raise UserError(f"{path}: holds a model and an adapter ({ADAPTER}); give each a folder of its own")
+    if getattr(config, "quantization_config", None) and "quantization_config" not in more:
+        raise UserError(f"{path}: config.json quantises the weights (quantization_config); take the plain model")
     with faults_said(path, "model"):
         model, report = model_class.from_pretrained(
             path, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True, **more

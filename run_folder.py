@@ -21,7 +21,7 @@ from typing import Any
 
 from arguments import Role, with_role
 from folders import LOADERS, locked
-from utils import UserError, checkpoints, is_plain_name, read_json, say, sha256, write_json
+from utils import UserError, checkpoints, is_plain_name, read_json, regular_file, say, sha256, write_json
 
 RECORD, LOG, TENSORBOARD = "run.json", "train.log", "runs"
 PREPARED, FINAL, REPLACED, DROPPED = "base_with_item_tokens", ".final", ".replaced", ".replaced.partial"
@@ -176,10 +176,19 @@ class RunFolder:
             except OSError as error:
                 raise UserError(f"--output_dir {self.path}: cannot be written to ({error.strerror})") from None
             try:
+                self.refuse_strange()
                 yield
             finally:
                 with contextlib.suppress(OSError):
                     self.path.rmdir()
+
+    def refuse_strange(self) -> None:
+        """Raise a UserError if a link or a pipe has the name of what a run writes, moves or removes."""
+        for path in [self / PREPARED, self / FINAL, self / REPLACED, *self.path.glob(".*.partial"), self / TENSORBOARD]:
+            if os.path.lexists(path) and (not path.is_dir() or (path.is_symlink() and path.name != TENSORBOARD)):
+                raise UserError(f"{path}: is no folder that a run makes; move it away, or choose another --output_dir")
+        if os.path.lexists(self / LOG):
+            regular_file(self / LOG)
 
     def clear_partial(self) -> None:
         """Remove what a killed process was writing; the run that it was about to replace comes back."""

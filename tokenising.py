@@ -30,7 +30,9 @@ def load_tokenizer(path: str | Path, model_max_length: int = 2048) -> Any:
             tokenizer = LlamaTokenizer.from_pretrained(
                 path, trust_remote_code=False, **options
             )  # told of no class, transformers takes another
-        tokenizer("a")
+        if not tokenizer("a")["input_ids"]:
+            raise ValueError("it makes nothing of a text")
+    _check_item_ids(Path(path), tokenizer)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no end-of-sequence token")
     if tokenizer.pad_token_id is None:
@@ -42,6 +44,17 @@ def load_tokenizer(path: str | Path, model_max_length: int = 2048) -> Any:
     if _is_bare(Path(path)) and "add_bos_token" not in _settings(Path(path)) and not adds_bos(tokenizer):
         tokenizer.add_bos_token = True
     return tokenizer
+
+
+def _check_item_ids(folder: Path, tokenizer: Any) -> None:
+    """transformers renumbers added tokens without a word where their ids have gaps; item tokens would be others'."""
+    path = folder / "tokenizer.json"
+    added = read_json(path).get("added_tokens") if path.is_file() else None
+    for token in added or []:
+        name, number = str(token.get("content")), token.get("id")
+        if ITEM_TOKEN.fullmatch(name) and tokenizer.convert_tokens_to_ids(name) != number:
+            now = tokenizer.convert_tokens_to_ids(name)
+            raise UserError(f"{path}: gives {name} the id {str(number)[:40]}, but the tokenizer loads it as {now}")
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -68,9 +68,19 @@ def run_main(main: Callable[[], Any]) -> None:
         where = f"{str(error.filename)[:300]}: " if error.filename else ""
         print(f"error: {where}{error.strerror}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: out of memory ({first_line(error)})", file=sys.stderr, flush=True)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that a GPU or the host has no memory left."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
 
 
 def set_seed(seed: int) -> None:

@@ -276,7 +276,7 @@ def parse_size(text: str) -> int:
     try:
         size = int(float(number) * units[unit])
     except (ValueError, KeyError, OverflowError):
-        raise UserError(f"{text!r} is not a size; write for example 5GB or 200MB") from None
+        size = 0
     if size <= 0:
-        raise UserError(f"{text!r}: a shard's size must be positive")
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a size; write for example 5GB or 200MB")
     return size

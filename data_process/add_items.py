@@ -19,7 +19,7 @@ import polars as pl
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from arguments import make_parser
+from arguments import make_parser, plain_name
 from data import read_items
 from data_process.from_table import add_item_flags, frames, item_columns, text_columns
 from data_process.prepare import ITEM_TEXTS, check_name, checked_items
@@ -57,8 +57,8 @@ def new_items(files: list[Path], known: list[str], options: object) -> pl.DataFr
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--data_path", default="./data", help="folder that holds <dataset>/")
-    parser.add_argument("--dataset", required=True, help="the running catalogue")
-    parser.add_argument("--new_dataset", required=True, help="name of the one with the new items")
+    parser.add_argument("--dataset", type=plain_name, required=True, help="the running catalogue")
+    parser.add_argument("--new_dataset", type=plain_name, required=True, help="name of the one with the new items")
     add_item_flags(parser)
     parser.add_argument("--skip_bad", action="store_true", help="leave out bad lines instead of ending with an error")
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")

@@ -10,6 +10,7 @@ with `--random_weights` it is the same architecture and tokenizer, drawn from th
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ def texts(data_path: str, dataset: str) -> Iterator[str]:
     yield from titles
     yield from descriptions
     users = Path(f"{stem}.user.json")
-    if users.exists():
+    if os.path.lexists(users):
         found = read_users(users, read_inters(Path(f"{stem}.inter.json"), len(titles)), len(titles))
         for preferences in found.preferences.values():
             yield from preferences

@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--width", type=whole(1), default=64, help="numbers that tell of behaviour, at most")
     parser.add_argument("--window", type=whole(1, 10**6), default=5, help="steps between two items of a pair at most")
     parser.add_argument(
-        "--weight", type=real(0, above_low=True), default=1.0, help="length of that part; the text's is 1"
+        "--weight", type=real(0, below=1e9, above_low=True), default=1.0, help="length of that part; the text's is 1"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     args = parser.parse_args(argv)

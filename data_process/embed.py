@@ -124,7 +124,12 @@ def main(argv: list[str] | None = None) -> None:
         team = Team()
         run = parts.begin(plan_of(args, texts, parts), args.overwrite, team)
         settings = {"max_len": max_len, "batch_size": args.batch_size, "pooling": args.pooling}
-        encode_parts(parts, texts.texts, partial(encode, tokenizer=tokenizer, model=model, **settings), run, team)
+        try:
+            encode_parts(parts, texts.texts, partial(encode, tokenizer=tokenizer, model=model, **settings), run, team)
+        except UserError:
+            if is_main() and not any(parts.folder.glob("part-*.npy")):
+                parts.remove()
+            raise
         if is_main():
             items, hidden = gather_rows(parts, texts.fields, texts.weights, target)
             parts.remove()

@@ -67,7 +67,7 @@ def add_preparation_flags(parser: argparse.ArgumentParser, dataset_help: str = "
     add("--user_k", type=whole(1), default=5, help="fewest interactions of a user; at least 3 are needed")
     add("--item_k", type=whole(1), default=5, help="fewest interactions of an item")
     add("--k_core", type=whole(1), help="sets --user_k and --item_k")
-    add("--min_rating", type=real(-1e9), help="leave out lower ratings")
+    add("--min_rating", type=real(-1e9, below=1e9), help="leave out lower ratings")
     add("--st_year", type=whole(1, 9999), help="leave out what is older than the start of this year")
     add("--st_month", type=whole(1, 12), default=1, help="… of this month of --st_year (UTC)")
     add("--ed_year", type=whole(1, 9999), help="leave out what is from this year on")

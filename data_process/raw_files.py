@@ -211,7 +211,10 @@ def header(path: Path, layout: Layout) -> list[str]:
         line = head_line(path).decode("utf-8")
     except UnicodeDecodeError:
         raise UserError(f"{path}: line 1 is not UTF-8") from None
-    names = [name.strip() for name in next(csv.reader([line], delimiter=layout.separator, quoting=quoting), [])]
+    try:
+        names = [name.strip() for name in next(csv.reader([line], delimiter=layout.separator, quoting=quoting), [])]
+    except csv.Error as error:
+        raise UserError(f"{path}: line 1 names no fields ({error})") from None
     if layout.quoted and line.count('"') % 2:
         raise UserError(f"{path}: line 1: a field's name has a line break, or a quote stays open")
     if layout.typed and not all(":" in name for name in names) or not names:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -184,7 +185,7 @@ def parse_settings(text: str) -> dict[str, Any]:
     except ValueError:
         settings = None
     if not isinstance(settings, dict) or settings.keys() & {"model", "messages", "stream", "n"}:
-        raise UserError(f'--settings {text}: must be a JSON object such as {{"max_completion_tokens": 300}}')
+        raise UserError(f'--settings {text[:80]}: must be a JSON object such as {{"max_completion_tokens": 300}}')
     return settings
 
 
@@ -207,21 +208,23 @@ def _parser() -> argparse.ArgumentParser:
         "--retries", type=whole(0), default=8, help="of a call that fails (429, 5xx, silence), ever later"
     )
     group.add_argument(
-        "--timeout", type=real(0, above_low=True), default=60.0, help="seconds until silence is a failure"
+        "--timeout", type=real(0, below=1e6, above_low=True), default=60.0, help="seconds until silence is a failure"
     )
     group.add_argument(
         "--tries", type=whole(1), default=3, help="times that a question with malformed answers is asked"
     )
     group.add_argument("--max_tokens", type=whole(1), default=200, help="of an answer")
-    group.add_argument("--temperature", type=real(0), default=0.7, help="of sampling (local: from the second try on)")
+    group.add_argument(
+        "--temperature", type=real(0, below=1e3), default=0.7, help="of sampling (local: from the second try on)"
+    )
     of_endpoint = 'JSON object sent in place of temperature, max_tokens and seed: {"max_completion_tokens": 300}'
     group.add_argument("--settings", help=of_endpoint)
     group.add_argument("--batch_size", type=whole(1), default=8, help="questions answered at once (local)")
     dtypes = ("float32", "bfloat16", "float16")
     group.add_argument("--dtype", choices=dtypes, default="float32", help="of the weights (local)")
     group.add_argument("--dry_run", action="store_true", help="print calls, tokens and cost; ask and write nothing")
-    group.add_argument("--price_in", type=real(0), help="dollars for a million tokens of questions")
-    group.add_argument("--price_out", type=real(0), help="dollars for a million tokens of answers")
+    group.add_argument("--price_in", type=real(0, below=1e9), help="dollars for a million tokens of questions")
+    group.add_argument("--price_out", type=real(0, below=1e9), help="dollars for a million tokens of answers")
     return parser
 
 
@@ -250,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     found, record, inputs = None, {"method": "rule"}, [Path(f"{stem}.inter.json"), Path(f"{stem}.item.json")]
     if options.base_url or options.local_model:
         path = options.reviews or Path(f"{stem}.review.json")
-        reviews = read_reviews(path, inters) if options.reviews or path.exists() else {}
+        reviews = read_reviews(path, inters) if options.reviews or os.path.lexists(path) else {}
         with (
             contextlib.nullcontext() if options.dry_run else locked(target)
         ):  # two at once would pay for each answer twice

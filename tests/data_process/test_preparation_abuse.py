@@ -13,7 +13,7 @@ from abuse_check import Abuse, check, said_of
 from convert_parts import delta_parts
 from preparation_rows import CLICKS, FILES, FLAGS, META
 from tiny_models import make_model
-from toy_data import write_dataset
+from toy_data import INTERS, write_dataset
 
 import data_check
 from convert import convert_fp16, make_delta, merge_delta, push, scan
@@ -79,7 +79,7 @@ COMMANDS = {
         lambda w: ["--base-model-path", f"{w}/base", "--target-model-path", f"{w}/base", "--delta-path", f"{w}/new"],
     ),
     "fp16": (convert_fp16.main, lambda w: ["--in-checkpoint", f"{w}/base", "--out-checkpoint", f"{w}/half"]),
-    "scan": (scan.main, lambda w: [f"{w}/base"]),
+    "scan": (scan.main, lambda w: []),
     "push": (
         push.main,
         lambda w: ["--model-path", f"{w}/base", "--repo-id", "a/b", "--dry-run", "--results", f"{w}/r.json"],
@@ -95,6 +95,8 @@ RESULTS = {"mean_results": {"hit@1": 0.5}, "config": {"arguments": {"dataset": "
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     w = write_dataset(tmp_path_factory.mktemp("world"))
     (w / "Toy/Toy.item2id").write_text("".join(f"raw{i}\t{i}\n" for i in range(6)))
+    reviews = {user: [{"item": item, "text": "", "rating": 1} for item in items] for user, items in INTERS.items()}
+    (w / "Toy/Toy.review.json").write_text(json.dumps(reviews))
     (w / "clicks.csv").write_text(CLICKS)
     (w / "products.csv").write_text(PRODUCTS)
     (w / "more.csv").write_text("item,title,description\nnew,A new pen,It writes.\n")
