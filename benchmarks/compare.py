@@ -31,10 +31,11 @@ from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from arguments import file_name, folder_name, make_parser
+from arguments import make_parser
 from benchmarks.baselines import data_hashes, prepare, train
 from data import RecData, read_inters, read_items
 from data_process.prepare import check_name
+from flag_values import file_name, folder_name
 from metrics.ranking import rank_of
 from report import METRIC_NAMES, cells, intervals, markdown, popularity_ranks, recorded, values
 from results import read_predictions
