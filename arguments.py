@@ -6,12 +6,14 @@ Names and defaults are the original's. A value that is out of range is one line 
 from __future__ import annotations
 
 import argparse
+import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NoReturn
 
-from flag_values import batch_size, file_name, folder_name, real, steps_or_all, text, whole
+from flag_values import SEEDS, batch_size, file_name, folder_name, plain_name, real, steps_or_all, whole
 from tasks import TASKS
 from utils import UserError
 
@@ -45,7 +47,7 @@ class Flag:
     name: str
     default: Any
     help: str
-    kind: Callable[[str], Any] | None = text
+    kind: Callable[[str], Any] | None = str
     role: Role = Role.RESULT
     choices: tuple[str, ...] | None = None
     metavar: str | None = None
@@ -63,13 +65,13 @@ class Flag:
 
 
 GLOBAL = (
-    Flag("seed", 42, "seed of every random choice", whole(0, 2**32 - 1)),
+    Flag("seed", 42, "seed of every random choice", SEEDS),
     Flag("base_model", "./llama-7b/", "causal LM: a local folder or a hub id", folder_name, Role.FREE),
     Flag("output_dir", "./ckpt/", "where checkpoints and the final model go", folder_name, Role.FREE),
 )
 DATASET = (
     Flag("data_path", "", "folder that holds <dataset>/", role=Role.FREE),
-    Flag("dataset", "Games", "name of the dataset, and of its folder"),
+    Flag("dataset", "Games", "name of the dataset, and of its folder", plain_name),
     Flag("index_file", ".index.json", "ending of the index file: <dataset><index_file>", role=Role.FREE),
 )
 # How a model is asked. It must be asked as it was trained, so these are saved beside its weights (prompt_style.py).
@@ -147,11 +149,11 @@ TRAIN = (
         "new_rows_learning_rate",
         None,
         "peak learning rate of the item tokens' rows, as that of all other weights if absent",
-        real(0, above_low=True),
+        real(0, below=1e12, above_low=True),
     ),
     Flag("optim", "adamw_torch", "a transformers optimiser name (adamw_torch, adamw_bnb_8bit, …)"),
-    Flag("epochs", 4, "passes over the training samples", real(0, above_low=True)),
-    Flag("learning_rate", 2e-5, "peak learning rate", real(0, above_low=True)),
+    Flag("epochs", 4, "passes over the training samples", real(0, below=1e6, above_low=True)),
+    Flag("learning_rate", 2e-5, "peak learning rate", real(0, below=1e12, above_low=True)),
     Flag("per_device_batch_size", 8, "samples per process and step", whole(1)),
     Flag("gradient_accumulation_steps", 2, "batches per optimiser step", whole(1)),
     Flag(
@@ -170,7 +172,7 @@ TRAIN = (
         "which the paper's checkpoints were trained (a LLaMA base only); paper: 2023 for a LLaMA base, else base",
         choices=("base", "2023", "paper"),
     ),
-    Flag("weight_decay", 0.01, "decoupled weight decay of AdamW", real(0)),
+    Flag("weight_decay", 0.01, "decoupled weight decay of AdamW", real(0, below=1e12)),
     Flag("dropout", 0.0, "share dropped of the embeddings and of each layer's branches, in training", real(0, below=1)),
     Flag(
         "resume_from_checkpoint",
@@ -211,8 +213,8 @@ TRAIN = (
 )
 LORA = (
     Flag("lora", False, "train an adapter instead of all weights", None),
-    Flag("lora_r", 8, "rank", whole(1)),
-    Flag("lora_alpha", 32, "scale: alpha / rank", whole(1)),
+    Flag("lora_r", 8, "rank", whole(1, 2**16 - 1)),
+    Flag("lora_alpha", 32, "scale: alpha / rank", whole(1, 2**16 - 1)),
     Flag("lora_dropout", 0.05, "dropout before the adapter", real(0, below=1)),
     Flag("lora_target_modules", LORA_TARGETS, "modules with an adapter, by commas"),
     Flag("lora_modules_to_save", "embed_tokens,lm_head", "modules trained whole, by commas"),
@@ -280,7 +282,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise `message`."""
-        raise UserError(f"{message.removeprefix('argument ')} (--help explains the flags)")
+        raise UserError(f"{message.removeprefix('argument ')[:500]} (--help explains the flags)")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, for words that files and the system can take: UTF-8, without NUL."""
+        flag = ""
+        for word in map(str, sys.argv[1:] if args is None else args):
+            flag = word.partition("=")[0] if word.startswith("-") else flag
+            if re.search("[\0\ud800-\udfff]", word):
+                self.error(f"{flag}: {ascii(word)[:80]} is not valid UTF-8, or holds a NUL")
+        return super().parse_known_args(args, namespace)
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
@@ -380,6 +391,8 @@ def parse_tasks(tasks: str, prompt_numbers: str | None, sample_numbers: str | No
         if not all(part.isascii() and part.isdigit() and len(part) <= 18 for part in parts):
             raise UserError(f"--{flag}: {value!r} is not a list of whole numbers from 0")
         numbers[place] = [int(part) for part in parts]
+    if max(numbers[0]) > 10**6:
+        raise UserError(f"--train_prompt_sample_num: {max(numbers[0])} copies of a sample an epoch; 1,000,000 at most")
     if 0 in numbers[0]:
         raise UserError("--train_prompt_sample_num must be 1 or more; leave a task out with --tasks")
     return list(zip(names, *numbers, strict=True))

@@ -1,4 +1,7 @@
-"""Kinds of values that flags take: each turns a text into a value, or says what is wrong with it. Used as argparse types."""
+"""Kinds of values that flags take: each turns a text into a value, or says what is wrong with it. Used as argparse types.
+
+That a text is one which UTF-8 can write is checked for all of them at once (arguments.make_parser).
+"""
 
 from __future__ import annotations
 
@@ -7,31 +10,40 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from utils import is_plain_name
 
-def text(value: str) -> str:
-    """A kind: any text that UTF-8 can write."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"{value!r} is not valid UTF-8") from None
-    return value
+TRILLION = 10**12
 
 
 def file_name(value: str) -> str:
     """A kind: the path of a file."""
-    if not Path(text(value)).name:
+    if Path(value).name in ("", "..") or value.endswith("/"):
         raise argparse.ArgumentTypeError(f"{value!r} is not the name of a file")
     return value
 
 
 def folder_name(value: str) -> str:
     """A kind: the path of a folder (a point for this one)."""
-    if not text(value):
+    if not value:
         raise argparse.ArgumentTypeError("'' is not the name of a folder")
     return value
 
 
-def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+def array_file(value: str) -> Path:
+    """A kind: the path of a file of an array, so that no other file is overwritten with one."""
+    if Path(value).suffix != ".npy":
+        raise argparse.ArgumentTypeError(f"{value!r} does not end in .npy")
+    return Path(value)
+
+
+def plain_name(value: str) -> str:
+    """A kind: the name of a file or folder, such as a dataset's, without any path in it."""
+    if not is_plain_name(value):
+        raise argparse.ArgumentTypeError(f"{value!r} is not a plain name such as Games, but a path")
+    return value
+
+
+def whole(low: int, high: int = TRILLION) -> Callable[[str], int]:
     """A kind: whole numbers from `low` to `high`."""
 
     def kind(value: str) -> int:
@@ -39,11 +51,11 @@ def whole(low: int, high: int | None = None) -> Callable[[str], int]:
             number = int(value) if len(value) <= 20 else None
         except ValueError:
             number = None
-        if number is None or number < low or (high is not None and number > high):
+        if number is None or not low <= number <= high:
             raise argparse.ArgumentTypeError(f"{value[:40]!r} is not {kind.__doc__}")
         return number
 
-    kind.__doc__ = f"a whole number from {low}" + (f" to {high}" if high is not None else " on")
+    kind.__doc__ = f"a whole number from {low}" + (" on, 10^12 at most" if high == TRILLION else f" to {high}")
     return kind
 
 
@@ -80,3 +92,6 @@ def steps_or_all(value: str) -> int:
     if number == 0:
         raise argparse.ArgumentTypeError("0 is nothing; -1 means all")
     return number
+
+
+SEEDS = whole(0, 2**32 - 1)

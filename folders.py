@@ -18,7 +18,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from utils import UserError, read_json, write_json
+from utils import UserError, missing_folders, read_json, write_json
 
 WRITTEN = ".written.json"
 LOADERS = ("config.json", "adapter_config.json")  # without one of them nothing loads a folder
@@ -64,13 +64,14 @@ def new_folder(target: str | Path, overwrite: bool = False, reads: Iterable[Path
 def locked(target: str | Path) -> Iterator[None]:
     """Hold `target`, which need not exist, for this process; the lock goes with the process, however it ends.
 
-    The lock is on the file `.<target>.lock` beside it, which is gone afterwards.
+    The lock is on the file `.<target>.lock` beside it, which is gone afterwards, and so are folders that it needed.
 
     Raises:
         UserError: another process holds it, or the place cannot be written.
     """
     target = _real(target)
     path, busy = _beside(target, "lock"), UserError(f"{target}: another process is writing it now; wait for it")
+    made = missing_folders(path.parent)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -91,6 +92,9 @@ def locked(target: str | Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
     finally:
         os.close(handle)
+        with contextlib.suppress(OSError):  # not empty
+            for folder in made:
+                folder.rmdir()
 
 
 def partial_of(target: Path) -> Path:
@@ -152,7 +156,7 @@ def written(folder: Path) -> list[str] | None:
     names = content.get("files") if isinstance(content, dict) else None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path}: not a record of files")
-    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
+    if any(Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).parts for name in names):
         raise UserError(f"{path}: lists a file outside of its folder")
     return names
 
@@ -161,7 +165,8 @@ def remove_written(folder: Path) -> None:
     """Remove the files on the folder's record, the settings first, then the record and every folder that is left empty."""
     names = written(folder) or []
     for name in sorted(names, key=lambda name: name not in LOADERS):
-        (folder / name).unlink(missing_ok=True)
+        if (folder / name).parent.resolve().is_relative_to(folder.resolve()):  # no link leads out
+            (folder / name).unlink(missing_ok=True)
     (folder / WRITTEN).unlink(missing_ok=True)
     for parent, _, _ in os.walk(folder, topdown=False):
         with contextlib.suppress(OSError):  # not empty
@@ -179,7 +184,10 @@ def what_failed(error: Exception, *places: Path) -> str:
 def _real(target: str | Path) -> Path:
     """The folder itself where `target` is a link to one: it is replaced, not the link."""
     target = Path(target)
-    return target.resolve() if target.is_symlink() else target
+    try:
+        return target.resolve() if target.is_symlink() else target
+    except RuntimeError:
+        raise UserError(f"{target}: cannot be read (a link to itself)") from None
 
 
 def _beside(target: Path, ending: str) -> Path:
@@ -188,8 +196,9 @@ def _beside(target: Path, ending: str) -> Path:
 
 
 def _files(folder: Path) -> list[str]:
-    """The paths below `folder` of all that is no folder, sorted; not the record itself."""
-    found = (Path(parent) / name for parent, _, files in os.walk(folder) for name in files)
+    """The paths below `folder` of all that is no folder, sorted; not the record itself. A link to a folder is a file."""
+    found = (Path(parent) / name for parent, folders, files in os.walk(folder) for name in (*folders, *files))
+    found = (path for path in found if path.is_symlink() or not path.is_dir())
     return sorted({path.relative_to(folder).as_posix() for path in found} - {WRITTEN})
 
 

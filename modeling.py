@@ -196,8 +196,10 @@ def load_for_test(
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     tokenizer = load_tokenizer(ckpt_path)
     if not lora:
-        return load_model(ckpt_path, dtype).to(device).eval(), tokenizer
-
+        model = load_model(ckpt_path, dtype)
+        if len(tokenizer) > (rows := model.get_input_embeddings().weight.shape[0]):
+            raise UserError(f"{ckpt_path}: the tokenizer has {len(tokenizer)} tokens, the model {rows} rows for them")
+        return model.to(device).eval(), tokenizer
     if base_model is None:
         raise UserError(f"{ckpt_path}: is an adapter; give its base with --base_model")
     return load_adapter_model(ckpt_path, base_model, tokenizer, dtype).to(device).eval(), tokenizer

@@ -18,7 +18,7 @@ from typing import Any
 from data import RecData, check_index
 from prompt import Prompts, checked_prompts, load_prompts
 from tasks import HistoryFormat
-from utils import UserError, read_json, say, write_json
+from utils import UserError, is_plain_name, read_json, say, write_json
 
 STYLE, ITEMS = "prompt_style.json", "item_index.json"
 
@@ -66,7 +66,7 @@ def saved_style(folder: Path) -> PromptStyle | None:
             raise UserError(f"{path}: {key!r} must be of the type {kind.__name__}")
     if content["max_his_len"] < -1:
         raise UserError(f"{path}: 'max_his_len' is {str(content['max_his_len'])[:40]}; it must be -1 or more")
-    if Path(content["dataset"]).name != content["dataset"]:
+    if content["dataset"] and not is_plain_name(content["dataset"]):
         raise UserError(f"{path}: 'dataset' must be the name of a folder")
     prompts = checked_prompts(str(path), content.get("sft_prompt"), content.get("all_prompt"))
     form = HistoryFormat(content["max_his_len"], content["add_prefix"], content["his_sep"])

@@ -33,7 +33,7 @@ from arguments import MODEL, add_data, add_flags, add_global, make_parser, parse
 from collator import encode_prompts
 from data import RecData, clean_title, load_data
 from decoding import pack_linears
-from flag_values import text, whole
+from flag_values import whole
 from modeling import DTYPES, find_with_base, item_trie, load_for_test
 from processes import pick_device
 from prompt import Template
@@ -249,12 +249,10 @@ def parse_command(argv: list[str] | None) -> tuple[argparse.Namespace, frozenset
     model.add_argument("--num_beams", type=whole(1), default=20, help="beams; more where a list needs them")
     model.add_argument("--prompt_id", type=whole(0), help="template number; by default the first that fits")
     ask = parser.add_argument_group("what is asked")
-    ask.add_argument("--users", type=text, metavar="ID,ID,…", help="users of the dataset by commas, or all")
-    ask.add_argument(
-        "--history", type=text, nargs="+", action="append", metavar="ITEM", help="ids or titles, oldest first"
-    )
-    ask.add_argument("--query", type=text, action="append", metavar="TEXT", help="a search text")
-    ask.add_argument("--requests", type=text, metavar="F", help="JSON lines from a file, or - for stdin")
+    ask.add_argument("--users", metavar="ID,ID,…", help="users of the dataset by commas, or all")
+    ask.add_argument("--history", nargs="+", action="append", metavar="ITEM", help="ids or titles, oldest first")
+    ask.add_argument("--query", action="append", metavar="TEXT", help="a search text")
+    ask.add_argument("--requests", metavar="F", help="JSON lines from a file, or - for stdin")
     ask.add_argument("--top_k", type=whole(1), default=10, help="items in an answer")
     ask.add_argument("--exclude_history", action="store_true", help="never name items of the history")
     ask.add_argument("--batch_size", type=whole(1), default=16, help="requests decoded together (stdin: one by one)")

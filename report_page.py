@@ -22,6 +22,7 @@ from index.figures import level_usage
 from metrics.ranking import METRICS
 from run_folder import RunFolder, log_history
 from scored_runs import Scored
+from utils import UserError
 
 Compared = tuple[str, np.ndarray, str]  # name, ranks (…, users), line style
 MARK = '<meta name="generator" content="LC-Rec report.py">'
@@ -236,7 +237,10 @@ def settings_part(runs: list[Scored]) -> str:
         if run.checkpoint and (trained := RunFolder(run.checkpoint).record(insist=False)):
             found[f"training: {run.checkpoint}"] = vars(trained)
         for name, settings in found.items():
-            text = html.escape(json.dumps(settings, indent=2, ensure_ascii=False))
+            try:
+                text = html.escape(json.dumps(settings, indent=2, ensure_ascii=False))
+            except RecursionError:
+                raise UserError(f"{name}: nested too deep") from None
             parts.append(f"<details><summary>{html.escape(name)}</summary><pre>{text}</pre></details>")
     return "".join(parts)
 

@@ -248,7 +248,8 @@ class Store:
                 next(read_predictions(self.predictions), None)
         except UserError as error:
             raise UserError(f"{error}; name another --results_file") from None
-        foreign = next((path for path in self._in_partial() if not OWN_PARTS.fullmatch(path.name)), None)
+        own = [path for path in self._in_partial() if OWN_PARTS.fullmatch(path.name) and path.is_file()]
+        foreign = next((path for path in self._in_partial() if path not in own), None)
         if foreign is not None:
             raise UserError(f"{foreign}: was not written by a test; name another --results_file")
 

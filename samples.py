@@ -196,7 +196,7 @@ class TestSet:
     def __init__(self, data: RecData, task: str, form: HistoryFormat, seed: int = 42, split: str = "test"):
         if split not in TASKS[task].splits:
             raise UserError(f"the task {task} has no {split} split")
-        self.data, self.form, self.seed = data, form, seed
+        self.data, self.task, self.form, self.seed = data, task, form, seed
         self.rows = TASKS[task].splits[split].rows(data)
         self._sample = TASKS[task].splits[split].sample
 

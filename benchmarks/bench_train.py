@@ -31,6 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import finetune
 import training
+from arguments import make_parser
+from flag_values import whole
 from utils import UserError, is_main, read_json, run_main, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,16 +44,16 @@ OFFICE = ROOT.parent / "shared" / "data" / "Office"
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The benchmark's flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--data_path", help="folder that holds <dataset>/ (default: made from ../shared/data/Office)")
     parser.add_argument("--dataset", default="Office")
     parser.add_argument("--processes", default="1,2", help="numbers of processes, by commas")
     parser.add_argument("--model", default="tiny", choices=tuple(LEARNING_RATES), help="base model")
     parser.add_argument("--dealing", action="store_true", help="compare what dealing packed samples by length brings")
-    parser.add_argument("--samples", type=int, default=512, help="training samples of each run")
-    parser.add_argument("--loss_samples", type=int, default=200, help="samples whose loss is compared at the end")
-    parser.add_argument("--batch_size", type=int, default=8, help="samples per process and step")
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each kind")
+    parser.add_argument("--samples", type=whole(1), default=512, help="training samples of each run")
+    parser.add_argument("--loss_samples", type=whole(1), default=200, help="samples whose loss is compared at the end")
+    parser.add_argument("--batch_size", type=whole(1), default=8, help="samples per process and step")
+    parser.add_argument("--seeds", type=whole(1), default=1, help="runs of each kind")
     parser.add_argument("--no_checkpointing", action="store_true", help="keep activations, in both kinds")
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file too")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

@@ -10,7 +10,6 @@ The card has the dataset with the hashes of its files, the base, the metrics and
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from arguments import make_parser
 from convert.folder import RUN_FILES, SETTINGS, TOKENIZER_FILES
 from convert.hub import reason
 from folders import LOADERS
@@ -55,7 +55,9 @@ def metrics_table(results: list[tuple[Path, dict[str, Any]]]) -> list[str]:
     lines = []
     for path, content in results:
         means = content.get("mean_results")
-        if not isinstance(means, dict) or not all(isinstance(value, int | float) for value in means.values()):
+        if not isinstance(means, dict) or not all(
+            type(value) in (int, float) and abs(value) < 1e9 for value in means.values()
+        ):
             raise UserError(f"{path}: not a results file of test.py (mean_results is missing)")
         if not lines:
             lines += ["| task | prompts | " + " | ".join(means) + " |", "| --- | --- |" + " --- |" * len(means)]
@@ -164,7 +166,7 @@ def _data_lines(run: RunRecord | None, tested: list[tuple[Path, dict[str, Any]]]
 def write_card(folder: Path, text: str, overwrite: bool) -> None:
     """Write `README.md`; a text of somebody's own is kept unless `overwrite`."""
     path = folder / "README.md"
-    if path.is_file() and CARD_MARK not in path.read_text(encoding="utf-8") and not overwrite:
+    if path.is_file() and CARD_MARK.encode() not in path.read_bytes() and not overwrite:
         raise UserError(f"{path}: is there already; add --overwrite to replace it, or --keep-card to push it as it is")
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -194,7 +196,7 @@ def push_folder(folder: Path, repo_id: str, private: bool = False, index_file: P
 
 def main(argv: list[str] | None = None) -> None:
     """Write the card and push."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--model-path", required=True, type=Path, help="folder of the model, adapter or delta")
     parser.add_argument("--repo-id", required=True, help="hub repository, owner/name; made if missing")
     parser.add_argument("--results", nargs="*", default=[], type=Path, help="results files of test.py")

@@ -99,7 +99,7 @@ def prune(folder: Path, limit: int) -> None:
     newest = files[len(files) - min(limit, len(files)) :]
     for entry in files:
         if entry not in best and entry not in newest:
-            entry[2].unlink()
+            entry[2].unlink(missing_ok=True)  # by another process that goes on with the same run
 
 
 def newest_checkpoint(path: str | Path) -> Path:

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from abuse_world import COMMANDS, ask, finetune_flags, make_abuse_world, test_flags, weights
+from abuse_check import weights
+from abuse_world import COMMANDS, ask, finetune_flags, test_flags
 from tiny_models import make_model
 
 import finetune
@@ -25,14 +26,9 @@ from utils import UserError, checkpoints
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    return make_abuse_world(tmp_path_factory.mktemp("abuse"))
-
-
 @pytest.fixture
-def world(whole, tmp_path) -> Path:
-    shutil.copytree(whole, tmp_path / "w")
+def world(abuse_world, tmp_path) -> Path:
+    shutil.copytree(abuse_world, tmp_path / "w")
     return tmp_path / "w"
 
 

@@ -1,5 +1,8 @@
 """The flags: the original's names and defaults, and lists that do not fit."""
 
+import ast
+from pathlib import Path
+
 import pytest
 
 from arguments import (
@@ -129,3 +132,19 @@ def test_every_flag_is_defined_once_and_has_one_role():
     for flag in ALL:
         assert roles.setdefault(flag.name, flag.role) == flag.role
     assert {"output_dir", "deepspeed", "prompt_file"} <= with_role(Role.FREE) and "seed" in with_role(Role.RESULT)
+
+
+def test_every_number_has_its_range_where_its_flag_is_defined():
+    """No flag of any script is a bare `int` or `float`: NaN, -1 and 10^30 would come through."""
+    root = Path(__file__).resolve().parents[1]
+    for path in [*root.glob("*.py"), *root.glob("*/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.keyword) and node.arg == "type" and "tests" not in path.parts:
+                assert ast.unparse(node.value) not in ("int", "float"), f"{path.relative_to(root)}:{node.lineno}"
+
+
+def test_no_script_has_a_parser_that_speaks_in_several_lines():
+    root = Path(__file__).resolve().parents[1]
+    found = [path for path in [*root.glob("*.py"), *root.glob("*/*.py")] if "tests" not in path.parts]
+    plain = [path.name for path in found if "= argparse.ArgumentParser(" in path.read_text(encoding="utf-8")]
+    assert plain == []

@@ -18,7 +18,6 @@ ALLOWED = {
     "torch.load": {"convert/weights.py", "index/input_files.py"},
     "np.load": {
         "index/input_files.py",
-        "data_process/text_vectors.py",
         "benchmarks/bench_index.py",
         "benchmarks/bench_embed.py",
     },
