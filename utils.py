@@ -271,6 +271,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+        if handle is not None:
             os.close(handle)
         with contextlib.suppress(OSError):  # another process has put something there
             for folder in made:
