@@ -6,19 +6,17 @@ Names and defaults are the original's. A value that is out of range is one line 
 from __future__ import annotations
 
 import argparse
-import math
 import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 from typing import Any, NoReturn
 
+from flag_values import SEEDS, batch_size, file_name, folder_name, plain_name, real, steps_or_all, whole
 from tasks import TASKS
-from utils import UserError, is_plain_name
+from utils import UserError
 
-TRILLION = 10**12
 LORA_TARGETS = "q_proj,v_proj,k_proj,o_proj,gate_proj,down_proj,up_proj"
 
 
@@ -34,90 +32,6 @@ class Role(Enum):
     TRAINING = "training"
     FREE = "free"
 
-
-# ---- kinds of values ----
-
-
-def file_name(value: str) -> str:
-    """A kind: the path of a file. Used as an argparse type, as all kinds below."""
-    if Path(value).name in ("", "..") or value.endswith("/"):
-        raise argparse.ArgumentTypeError(f"{value!r} is not the name of a file")
-    return value
-
-
-def folder_name(value: str) -> str:
-    """A kind: the path of a folder (a point for this one)."""
-    if not value:
-        raise argparse.ArgumentTypeError("'' is not the name of a folder")
-    return value
-
-
-def array_file(value: str) -> Path:
-    """A kind: the path of a file of an array, so that no other file is overwritten with one."""
-    if Path(value).suffix != ".npy":
-        raise argparse.ArgumentTypeError(f"{value!r} does not end in .npy")
-    return Path(value)
-
-
-def plain_name(value: str) -> str:
-    """A kind: the name of a file or folder, such as a dataset's, without any path in it."""
-    if not is_plain_name(value):
-        raise argparse.ArgumentTypeError(f"{value!r} is not a plain name such as Games, but a path")
-    return value
-
-
-def whole(low: int, high: int = TRILLION) -> Callable[[str], int]:
-    """A kind: whole numbers from `low` to `high`."""
-
-    def kind(value: str) -> int:
-        try:
-            number = int(value) if len(value) <= 20 else None
-        except ValueError:
-            number = None
-        if number is None or not low <= number <= high:
-            raise argparse.ArgumentTypeError(f"{value[:40]!r} is not {kind.__doc__}")
-        return number
-
-    kind.__doc__ = f"a whole number from {low}" + (" on, 10^12 at most" if high == TRILLION else f" to {high}")
-    return kind
-
-
-def real(low: float, below: float = math.inf, above_low: bool = False) -> Callable[[str], float]:
-    """A kind: finite numbers from `low` (or above it) and smaller than `below`."""
-
-    def kind(value: str) -> float:
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not low <= number < below or (above_low and number == low):
-            raise argparse.ArgumentTypeError(f"{value[:40]!r} is not {kind.__doc__}")
-        return number
-
-    end = "" if below == math.inf else f" and below {below:g}"
-    kind.__doc__ = f"a number {'above' if above_low else 'from'} {low:g}{end}" + ("" if above_low or end else " on")
-    return kind
-
-
-def batch_size(value: str) -> int | str:
-    """A kind: a positive number, or `auto`."""
-    if value == "auto":
-        return value
-    try:
-        return whole(1)(value)
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{value!r} is neither a positive number nor auto") from None
-
-
-def steps_or_all(value: str) -> int:
-    """A kind: -1 for all, or a whole number from 1 on."""
-    number = whole(-1)(value)
-    if number == 0:
-        raise argparse.ArgumentTypeError("0 is nothing; -1 means all")
-    return number
-
-
-SEEDS = whole(0, 2**32 - 1)
 
 # ---- flags ----
 
@@ -184,14 +98,15 @@ MIXTURE = (
     Flag("only_train_response", False, "loss on the response only, not the prompt", None, Role.TRAINING),
     Flag(
         "train_prompt_sample_num",
-        "1,1,1,1,1,1",
-        "per task: how often a sample occurs in an epoch, each time with another template",
+        None,
+        "per task: how often a sample occurs in an epoch, each time with another template; if absent, once",
         role=Role.TRAINING,
     ),
     Flag(
         "train_data_sample_num",
-        "0,0,0,100000,0,0",
-        "per task: draw so many samples, once and without replacement; 0: all",
+        None,
+        "per task: draw so many samples, once and without replacement; 0: all; if absent, 100000 of fusionseqrec and all of "
+        "the others",
         role=Role.TRAINING,
     ),
     Flag(
@@ -434,6 +349,11 @@ def parse_given(parser: argparse.ArgumentParser, argv: list[str] | None) -> tupl
     return args, given
 
 
+def style_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The values of `PROMPT` and of `dataset`: what a trained model knows itself."""
+    return {name: getattr(args, name) for name in (*(flag.name for flag in PROMPT), "dataset")}
+
+
 # ---- lists in flags ----
 
 
@@ -442,11 +362,12 @@ def comma_list(value: str) -> list[str]:
     return [part.strip() for part in value.split(",") if part.strip()]
 
 
-def parse_tasks(tasks: str, prompt_numbers: str, sample_numbers: str) -> list[tuple[str, int, int]]:
+def parse_tasks(tasks: str, prompt_numbers: str | None, sample_numbers: str | None) -> list[tuple[str, int, int]]:
     """`(task, copies an epoch, samples drawn or 0 for all)` for each task named.
 
     Args:
-        tasks, prompt_numbers, sample_numbers: `--tasks`, `--train_prompt_sample_num`, `--train_data_sample_num`.
+        tasks: `--tasks`.
+        prompt_numbers, sample_numbers: `--train_prompt_sample_num`, `--train_data_sample_num`; each task's own if absent.
 
     Raises:
         UserError: an unknown or repeated task, lists of different lengths, or a number that is none.
@@ -459,14 +380,17 @@ def parse_tasks(tasks: str, prompt_numbers: str, sample_numbers: str) -> list[tu
             raise UserError(f"--tasks: {name} is named twice")
     if not names:
         raise UserError("--tasks names no task")
-    numbers = []
-    for flag, value in (("train_prompt_sample_num", prompt_numbers), ("train_data_sample_num", sample_numbers)):
+    numbers = [[1] * len(names), [TASKS[name].drawn for name in names]]
+    given = (("train_prompt_sample_num", prompt_numbers), ("train_data_sample_num", sample_numbers))
+    for place, (flag, value) in enumerate(given):
+        if value is None:
+            continue
         parts = comma_list(value)
         if len(parts) != len(names):
             raise UserError(f"--{flag} has {len(parts)} numbers, but --tasks names {len(names)} tasks")
         if not all(part.isascii() and part.isdigit() and len(part) <= 18 for part in parts):
             raise UserError(f"--{flag}: {value!r} is not a list of whole numbers from 0")
-        numbers.append([int(part) for part in parts])
+        numbers[place] = [int(part) for part in parts]
     if max(numbers[0]) > 10**6:
         raise UserError(f"--train_prompt_sample_num: {max(numbers[0])} copies of a sample an epoch; 1,000,000 at most")
     if 0 in numbers[0]:

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from arguments import file_name, make_parser
+from arguments import make_parser
+from flag_values import file_name
 from results import check_metrics, ranks_of, read_predictions, summarise, too_long
 from utils import UserError, run_main, write_json
 

@@ -40,7 +40,7 @@ def new_folder(target: str | Path, overwrite: bool = False, reads: Iterable[Path
     target = _real(target)
     _refuse_inputs(target, reads)
     _refuse_existing(target, overwrite)
-    partial, old = _beside(target, "partial"), _beside(target, "old")
+    partial, old = partial_of(target), _beside(target, "old")
     with locked(target):
         _recover(target, old)
         _refuse_existing(target, overwrite)
@@ -48,7 +48,8 @@ def new_folder(target: str | Path, overwrite: bool = False, reads: Iterable[Path
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             yield partial
-            _finish(partial)
+            write_json(partial / WRITTEN, {"files": _files(partial)})
+            to_disk(partial)
             if target.exists():
                 target.rename(old)
             partial.rename(target)
@@ -94,6 +95,52 @@ def locked(target: str | Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # not empty
             for folder in made:
                 folder.rmdir()
+
+
+def partial_of(target: Path) -> Path:
+    """The name that the folder `target` has while it is written."""
+    return _beside(target, "partial")
+
+
+def to_disk(folder: Path) -> None:
+    """Give all files in `folder` the usual rights (safetensors makes its own private), and bring them to the disk."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Refuse to write `needed` bytes where they do not fit.
+
+    Raises:
+        UserError: before anything was written or removed.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed * 1.05:
+        raise UserError(
+            f"{folder}: the disk is too full: {what} about {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
+            "nothing was removed or overwritten. Make room and go on with --resume_from_checkpoint auto"
+        )
+
+
+@contextlib.contextmanager
+def disk_full_is_said(folder: Path, what: str = "the checkpoint") -> Iterator[None]:
+    """Turn a write of `what` to `folder` that failed for want of space into one line; the half written goes, older files stay."""
+    try:
+        yield
+    except Exception as error:  # OSError, torch's RuntimeError, or safetensors' own, which is neither
+        full = "No space left on device" in str(error) or shutil.disk_usage(folder.parent).free < 2**20
+        shutil.rmtree(folder, ignore_errors=True)
+        if not full:
+            raise
+        raise UserError(
+            f"{folder.parent}: the disk is full; {what} was not written, what was there before is untouched. "
+            "Make room and go on with --resume_from_checkpoint auto"
+        ) from error
 
 
 def written(folder: Path) -> list[str] | None:
@@ -153,17 +200,6 @@ def _files(folder: Path) -> list[str]:
     found = (Path(parent) / name for parent, folders, files in os.walk(folder) for name in (*folders, *files))
     found = (path for path in found if path.is_symlink() or not path.is_dir())
     return sorted({path.relative_to(folder).as_posix() for path in found} - {WRITTEN})
-
-
-def _finish(partial: Path) -> None:
-    """Write the record, give all files the usual rights (safetensors makes its own private), bring them to the disk."""
-    write_json(partial / WRITTEN, {"files": _files(partial)})
-    umask = os.umask(0)
-    os.umask(umask)
-    for name in (*_files(partial), WRITTEN):
-        (partial / name).chmod(0o666 & ~umask)
-        with open(partial / name, "rb") as file:
-            os.fsync(file.fileno())
 
 
 def _refuse_inputs(target: Path, reads: Iterable[Path]) -> None:

@@ -29,10 +29,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from arguments import MODEL, add_data, add_flags, add_global, make_parser, parse_given, whole
+from arguments import MODEL, add_data, add_flags, add_global, make_parser, parse_given, style_flags
 from collator import encode_prompts
 from data import RecData, clean_title, load_data
 from decoding import pack_linears
+from flag_values import whole
 from modeling import DTYPES, find_with_base, item_trie, load_for_test
 from processes import pick_device
 from prompt import Template
@@ -347,7 +348,8 @@ def main(argv: list[str] | None = None) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers alone
         found, args.lora, args.base_model = find_with_base(args.ckpt_path, args.lora, args.base_model, given)
         folder = Path(found)
-        style = choose_style(folder, args, given)
+        style, chosen = choose_style(folder, style_flags(args), given)
+        vars(args).update(chosen)
         data = items_to_recommend(args, folder)
         reader = RequestReader(data)
         requests = [reader.request(content, args.top_k, args.exclude_history) for content in asked(args, data)]

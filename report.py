@@ -23,9 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
-from arguments import DATASET, add_dataset, file_name, make_parser
+from arguments import DATASET, add_dataset, make_parser
 from data import RecData, load_data
 from evaluate import check_metrics, too_long
+from flag_values import file_name
 from metrics.ranking import METRICS, parse_metrics
 from report_page import MARK, page
 from results import read_results

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from arguments import Role, with_role
-from folders import LOADERS, locked
+from folders import LOADERS, locked, partial_of, to_disk
 from utils import UserError, checkpoints, is_plain_name, read_json, regular_file, say, sha256, write_json
 
 RECORD, LOG, TENSORBOARD = "run.json", "train.log", "runs"
@@ -130,9 +130,18 @@ class RunFolder:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
-    def record(self) -> RunRecord | None:
-        """The record of the run that lies here; None if there is none."""
-        return RunRecord.read(self / RECORD) if os.path.lexists(self / RECORD) else None
+    def record(self, insist: bool = True) -> RunRecord | None:
+        """The record of the run that lies here; None if there is none, and unless `insist` if it is broken.
+
+        Raises:
+            UserError: it is broken.
+        """
+        try:
+            return RunRecord.read(self / RECORD) if os.path.lexists(self / RECORD) else None
+        except UserError:
+            if insist:
+                raise
+            return None
 
     def refuse_base_model(self, base_model: str) -> None:
         """Raise a UserError if this is the base model's own folder."""
@@ -242,17 +251,30 @@ class RunFolder:
         shutil.rmtree(self / PREPARED, ignore_errors=True)
         self.restore_replaced()
 
-    # ---- the end ----
+    # ---- what the run leaves ----
+
+    def finish_checkpoint(self, step: int, best: int, limit: int) -> None:
+        """Give `checkpoint-<step>`, which lies in its `partial_of`, its name; then drop the oldest above `limit`, not `best`."""
+        final = self / f"checkpoint-{step}"
+        to_disk(partial_of(final))
+        shutil.rmtree(final, ignore_errors=True)
+        partial_of(final).rename(final)
+        kept = checkpoints(self.path)
+        spare = [path for path in kept[:-1] if path.name != f"checkpoint-{best}"]
+        for path in spare[: max(0, len(kept) - limit)]:
+            shutil.rmtree(path, ignore_errors=True)
 
     def finish(self) -> None:
-        """Give the files in `.final/` their places: configurations last, since without them nothing loads."""
+        """Give the files in `.final/` their places: configurations last, since without them nothing loads.
+
+        One by one and not as a folder: this one also holds checkpoints, and what users have put here.
+        """
         final = self / FINAL
-        mode = (self / RECORD).stat().st_mode
+        to_disk(final)
         names = sorted((path.name for path in final.iterdir()), key=lambda name: (name.endswith("config.json"), name))
         record = RunRecord.read(self / RECORD)
         RunRecord(**{**vars(record), "written": sorted({*record.written, *names})}).write(self.path)
         for name in names:
-            (final / name).chmod(mode)  # safetensors makes its files private
             (final / name).replace(self / name)
         final.rmdir()
         shutil.rmtree(self / PREPARED, ignore_errors=True)
@@ -276,12 +298,3 @@ def log_history(checkpoint: Path) -> list[dict[str, float]]:
     except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         return []
     return [row for row in rows if "step" in row]
-
-
-def run_settings(checkpoint: Path) -> dict[str, Any]:
-    """The training's `run.json`; {} if there is none that can be read."""
-    try:
-        content = read_json(checkpoint / RECORD)
-    except (UserError, OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}

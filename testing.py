@@ -13,7 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from arguments import Role, add_data, add_global, add_test, comma_list, make_parser, parse_given, with_role
+from arguments import (
+    Role,
+    add_data,
+    add_global,
+    add_test,
+    comma_list,
+    make_parser,
+    parse_given,
+    style_flags,
+    with_role,
+)
 from data import RecData, load_data
 from decoding import pack_linears
 from folders import locked
@@ -54,7 +64,8 @@ def test_checkpoint(description: str, argv: list[str] | None, single: bool) -> d
         lambda: find_with_base(args.ckpt_path, args.lora, args.base_model, given)
     )
     folder = Path(found)
-    style = choose_style(folder, args, given)
+    style, chosen = choose_style(folder, style_flags(args), given)
+    vars(args).update(chosen)
     data = load_data(args.data_path, args.dataset, args.index_file, TASKS[task].splits["test"].user_parts)
     check_same_items(folder, data, args.allow_other_index)
     prompt_ids = choose_prompts(style.prompts, task, args.test_prompt_ids)

@@ -6,156 +6,28 @@
 from __future__ import annotations
 
 import math
-import os
-import random
-import resource
 import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
-from transformers import ProgressCallback, Trainer, TrainerCallback
+from transformers import Trainer
 
-from beam_rows import PrefixCache
-from collator import IGNORE, TestCollator, encode_prompts
-from decoding import beam_search
+from callbacks import peak_memory
+from collator import IGNORE
 from even_rows import MOST_DEALT, Dealt, EvenRows
-from metrics.ranking import hit, ndcg, rank_of
-from modeling import full_state, item_trie
-from packing import PACKED, LabelledHead
+from folders import check_space, disk_full_is_said, partial_of
+from modeling import full_state
+from packing import LabelledHead
 from processes import barrier, sum_over_processes
 from resume import unfit_is_said
 from run_folder import RunFolder
 from utils import UserError, checkpoints, is_main, rank, world_size
-
-_PARTIAL = ".partial"
-
-
-def peak_memory(device: torch.device) -> float:
-    """The most memory this process has had, in GiB: of the GPU if there is one, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-class RunLog(TrainerCallback):
-    """A readable line for every logging step, on standard output and in `train.log`, from the main process."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.began = time.time()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **more: Any) -> None:
-        """Write one line."""
-        if not is_main() or not logs or "train_runtime" in logs:
-            return
-        words = [f"step {state.global_step}/{state.max_steps}", f"epoch {state.epoch or 0:.2f}"]
-        shown = {"learning_rate": "lr", "grad_norm": "gradient", "tokens_per_second": "tokens/s", "memory_gib": "GiB"}
-        shown |= {"samples_per_second": "samples/s"}
-        for name, value in logs.items():
-            if name != "epoch" and isinstance(value, (int, float)):
-                words.append(f"{shown.get(name, name)} {value:.4g}")
-        minutes, seconds = divmod(int(time.time() - self.began), 60)
-        line = f"[{minutes:3d}:{seconds:02d}] " + "  ".join(words)
-        tqdm.write(line)
-        sys.stdout.flush()
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
-
-
-class Bar(ProgressCallback):
-    """transformers' progress bar, without the raw figures that `RunLog` writes readably."""
-
-    def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """Nothing."""
-
-
-class Epochs(TrainerCallback):
-    """Tells the training set which epoch begins, so that it draws that epoch's templates."""
-
-    def __init__(self, train_set: Any):
-        self.train_set = train_set
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """`state.epoch` counts whole and partial epochs; a resumed run begins inside one."""
-        self.train_set.set_epoch(int(state.epoch or 0))
-
-
-class Replacing(TrainerCallback):
-    """Removes the run that this one replaces (`--overwrite_output_dir`) as soon as there is a complete checkpoint."""
-
-    def __init__(self, folder: RunFolder):
-        self.folder = folder
-
-    def on_save(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """A checkpoint is there."""
-        if is_main():
-            self.folder.drop_replaced()
-
-
-class Ranking:
-    """HR and NDCG of a sample of validation users: constrained beam search over all items, as test.py does it.
-
-    Args:
-        valid_set: the validation samples; each user's first template is used.
-        count: how many users, drawn by `seed`; more than there are: all.
-        batch_size: users per process and call.
-    """
-
-    def __init__(
-        self,
-        valid_set: Any,
-        tokenizer: Any,
-        count: int,
-        batch_size: int,
-        seed: int,
-        num_beams: int = 20,
-        no_eos: bool = False,
-    ):
-        rows = len(valid_set) // valid_set.prompt_num
-        self.users = sorted(random.Random(seed).sample(range(rows), min(count, rows)))
-        self.valid_set, self.tokenizer, self.num_beams, self.batch_size = valid_set, tokenizer, num_beams, batch_size
-        self.trie = item_trie(tokenizer, valid_set.data, no_eos)
-
-    def __call__(self, model: Any) -> dict[str, float]:
-        """`{"hit@10": …, "ndcg@10": …}` over the users of all processes, which must all call this."""
-        attention = model.config._attn_implementation
-        model.set_attn_implementation("sdpa" if attention == PACKED else attention)
-        sums = torch.zeros(3, dtype=torch.float64, device=model.device)
-        prefix = self._prefix(model)
-        # as many calls on every process, and as many passes in each: ZeRO-3 gathers weights together
-        for start in range(rank(), len(self.users) + rank(), self.batch_size * world_size()):
-            users = [self.users[i] for i in range(start, len(self.users), world_size())[: self.batch_size]]
-            for place in self._places(model, users or self.users[:1], prefix)[: len(users)]:
-                sums += torch.tensor([hit(place, 10), ndcg(place, 10), 1.0], dtype=torch.float64, device=model.device)
-        model.set_attn_implementation(attention)
-        hits, gains, count = sum_over_processes(sums).tolist()
-        return {"hit@10": hits / count, "ndcg@10": gains / count}
-
-    def _prompts(self, users: list[int]) -> list[str]:
-        return [self.valid_set[user * self.valid_set.prompt_num]["prompt"] for user in users]
-
-    def _prefix(self, model: Any) -> PrefixCache:
-        """What the prompts begin with, read once: `beam_search` alone has a pass more for two prompts than for one."""
-        ids = encode_prompts(self.tokenizer, self._prompts(self.users[:32]))
-        return PrefixCache(model, os.path.commonprefix(ids) or ids[0][:1])
-
-    @torch.no_grad()
-    def _places(self, model: Any, users: list[int], prefix: PrefixCache) -> list[int]:
-        """The rank of each user's validation item, from 0; -1 if it is not among the beams."""
-        data = self.valid_set.data
-        batch = TestCollator(self.tokenizer)(self._prompts(users))
-        ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
-        items, _ = beam_search(model, self.trie.to(model.device), ids, mask, self.num_beams, prefix, stop_early=False)
-        targets = [data.canonical[self.valid_set.sample(user).target] for user in users]
-        return [rank_of(target, row) for target, row in zip(targets, items.tolist(), strict=True)]
 
 
 class RecTrainer(Trainer):
@@ -363,11 +235,11 @@ class RecTrainer(Trainer):
     # ---- checkpoints ----
 
     def _save_checkpoint(self, model: Any, trial: Any = None) -> None:
-        """Write `checkpoint-N` under another name and rename it when all of it is there; then drop the oldest."""
-        name = f"checkpoint-{self.state.global_step}"
-        folder, final = Path(self.args.output_dir) / f".{name}{_PARTIAL}", Path(self.args.output_dir) / name
+        """Write `checkpoint-N` under another name, which it gets when all of it is there."""
+        out, step = RunFolder(self.args.output_dir), self.state.global_step
+        folder = partial_of(out / f"checkpoint-{step}")
         if is_main():
-            check_space(folder.parent, checkpoint_bytes(self.model), f"{name} needs")
+            check_space(out.path, checkpoint_bytes(self.model), f"checkpoint-{step} needs")
             shutil.rmtree(folder, ignore_errors=True)
         barrier()
         folder.mkdir(parents=True, exist_ok=True)
@@ -376,28 +248,18 @@ class RecTrainer(Trainer):
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
             self._save_rng_state(str(folder))
-            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-            if best == final or best.is_dir():  # on every process: all load it together at the end
-                self.state.best_model_checkpoint = str(best)
+            best = self.state.best_global_step
+            if (
+                best == step or (out / f"checkpoint-{best}").is_dir()
+            ):  # on every process: all load it together at the end
+                self.state.best_model_checkpoint = str(out / f"checkpoint-{best}")
             barrier()
             if is_main():
-                self._finish_checkpoint(folder, final, best)
+                if self.beside_checkpoint:
+                    self.beside_checkpoint(folder)
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+                out.finish_checkpoint(step, best, self.args.save_total_limit)
         barrier()
-
-    def _finish_checkpoint(self, folder: Path, final: Path, best: Path) -> None:
-        if self.beside_checkpoint:
-            self.beside_checkpoint(folder)
-        self.state.save_to_json(str(folder / "trainer_state.json"))
-        for path in folder.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-        shutil.rmtree(final, ignore_errors=True)
-        folder.rename(final)
-        kept = checkpoints(final.parent)
-        spare = [path for path in kept[:-1] if path != best]
-        for path in spare[: max(0, len(kept) - self.args.save_total_limit)]:
-            shutil.rmtree(path, ignore_errors=True)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The model's part of a checkpoint: an adapter whole; full weights whole unless ZeRO-3 keeps them in its shards."""
@@ -423,33 +285,3 @@ def checkpoint_bytes(model: Any) -> int:
     """About how large a checkpoint is: weights, and AdamW's two moments and master weights of what trains."""
     sizes = [getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad]
     return 14 * sum(sizes)
-
-
-def check_space(folder: Path, needed: int, what: str) -> None:
-    """Refuse to write `needed` bytes where they do not fit.
-
-    Raises:
-        UserError: before anything was written or removed.
-    """
-    free = shutil.disk_usage(folder).free
-    if free < needed * 1.05:
-        raise UserError(
-            f"{folder}: the disk is too full: {what} about {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
-            "nothing was removed or overwritten. Make room and go on with --resume_from_checkpoint auto"
-        )
-
-
-@contextmanager
-def disk_full_is_said(folder: Path, what: str = "the checkpoint") -> Any:
-    """Turn a write of `what` to `folder` that failed for want of space into one line; the half written goes, older files stay."""
-    try:
-        yield
-    except Exception as error:  # OSError, torch's RuntimeError, or safetensors' own, which is neither
-        full = "No space left on device" in str(error) or shutil.disk_usage(folder.parent).free < 2**20
-        shutil.rmtree(folder, ignore_errors=True)
-        if not full:
-            raise
-        raise UserError(
-            f"{folder.parent}: the disk is full; {what} was not written, what was there before is untouched. "
-            "Make room and go on with --resume_from_checkpoint auto"
-        ) from error

@@ -23,10 +23,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(1, f"{sys.path[0]}/tests")
 
-from arguments import make_parser, whole
+from arguments import make_parser
 from convert.folder import find_model, parse_size, skeleton
 from convert.merge_delta import merge_delta
 from convert.weights import write_weights
+from flag_values import whole
 from utils import run_main, sha256
 
 

@@ -25,8 +25,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from arguments import make_parser, whole
+from arguments import make_parser
 from data_process.item_texts import clean_text
+from flag_values import whole
 from utils import UserError, run_main
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -32,13 +32,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from arguments import SEEDS, make_parser, whole
+from arguments import make_parser
 from beam_rows import PrefixCache
 from collator import encode_prompts, pad
 from data import RecData, load_data
 from data_process import base_model, from_recbole
 from data_process.fetch import fetch
 from decoding import beam_search, pack_linears
+from flag_values import SEEDS, whole
 from modeling import DTYPES, add_item_tokens, grow_vocabulary, item_token_ids, load_model, load_tokenizer
 from prompt import load_prompts
 from samples import TestSet

@@ -28,9 +28,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from arguments import make_parser, whole
+from arguments import make_parser
 from data_process.fetch import fetch
 from data_process.item_texts import clean_text
+from flag_values import whole
 from utils import UserError, read_json, run_main, write_json
 
 ROOT = Path(__file__).resolve().parent.parent

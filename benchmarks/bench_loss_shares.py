@@ -19,9 +19,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import finetune
-from arguments import SEEDS, make_parser, whole
+from arguments import make_parser, style_flags
 from benchmarks.bench_train import make_data_and_base
 from collator import encode_samples
+from flag_values import SEEDS, whole
 from prompt_style import PromptStyle
 from tokenising import add_item_tokens, load_tokenizer
 from utils import run_main
@@ -41,7 +42,7 @@ def lengths(options: argparse.Namespace, folder: Path) -> tuple[list[str], np.nd
         str(options.seed),
     ]
     args = finetune.parse([*flags, "--train_data_sample_num", f"0,0,0,{options.fusion},0,0"])
-    data, train_set, _ = finetune.load_datasets(args, PromptStyle.of_flags(args))
+    data, train_set, _ = finetune.load_datasets(args, PromptStyle.of_flags(**style_flags(args)))
     tokenizer = load_tokenizer(base)
     add_item_tokens(tokenizer, data.item_tokens)
     numbers = np.random.default_rng(options.seed).integers(len(train_set), size=options.samples)

@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
 import tasks
-from arguments import make_parser, whole
+from arguments import make_parser
+from flag_values import whole
 from utils import run_main
 
 

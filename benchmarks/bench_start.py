@@ -22,9 +22,10 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from arguments import add_dataset, make_parser, whole
+from arguments import add_dataset, make_parser
 from collator import IGNORE, TrainCollator
 from data import RecData, load_data
+from flag_values import whole
 from modeling import load_model, load_tokenizer, prepare_base
 from prompt import load_prompts
 from samples import TrainSet

@@ -28,7 +28,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import finetune
-from arguments import make_parser, whole
+from arguments import make_parser
+from flag_values import whole
 from utils import UserError, is_main, read_json, run_main, write_json
 
 ROOT = Path(__file__).resolve().parent.parent

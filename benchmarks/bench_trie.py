@@ -25,8 +25,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from arguments import SEEDS, make_parser, whole
+from arguments import make_parser
 from decoding import _advance, _Beams, _Finished
+from flag_values import SEEDS, whole
 from trie import ItemTrie
 from utils import run_main, versions
 

@@ -18,11 +18,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from arguments import SEEDS, add_dataset, make_parser
+from arguments import add_dataset, make_parser
 from data import RecData, load_data
 from data_process.encoder import encode, load_encoder, longest_input
 from data_process.fetch import fetch
 from data_process.rule_texts import content_words
+from flag_values import SEEDS
 from metrics.ranking import means, rank_of
 from reading import read_array
 from results import read_predictions

@@ -10,8 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from arguments import make_parser, whole
+from arguments import make_parser
 from data import read_items
+from flag_values import whole
 from utils import UserError, read_json, run_main, write_json
 
 

@@ -38,6 +38,7 @@ from convert.hub import reason
 from convert.scan import check_checkpoint
 from convert.weights import Specs, Weights, all_finite, is_old_buffer, write_weights
 from folders import LOADERS, new_folder
+from quiet import silence_libraries
 from utils import UserError, is_plain_name, run_main, versions, write_json
 
 COPIED = ("*.json", "train*")
@@ -174,6 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     add_target(parser, "-t", "--target")
     parser.add_argument("--dtype", choices=FLOATS, default="float32", help="type of the weights")
     args = parser.parse_args(argv)
+    silence_libraries()
     source, dtype = find_model(args.source), getattr(torch, args.dtype)
     count = convert_model(source, args.target, dtype, args.max_shard_size, args.overwrite)
     print(f"{args.target}: {count} tensors in {args.dtype}")

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from arguments import make_parser
 from convert.convert import convert_model
 from convert.folder import add_target, find_model
+from quiet import silence_libraries
 from utils import run_main
 
 
@@ -26,6 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--in-checkpoint", required=True, help="folder or hub id to read")
     add_target(parser, "--out-checkpoint")
     args = parser.parse_args(argv)
+    silence_libraries()
     source = find_model(args.in_checkpoint)
     count = convert_model(source, args.out_checkpoint, torch.float16, args.max_shard_size, args.overwrite)
     print(f"{args.out_checkpoint}: {count} tensors in float16")

@@ -24,6 +24,7 @@ from convert.merge_delta import Plan, plan_merge
 from convert.push import push_folder
 from convert.weights import Weights, all_finite, count_different, write_weights
 from folders import new_folder
+from quiet import silence_libraries
 from utils import UserError, run_main, say, versions, write_json
 
 
@@ -89,6 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--hub-repo-id", help="also push the delta to this hub repository (owner/name)")
     parser.add_argument("--dtype", choices=FLOATS, default="float16", help="arithmetic and result")
     args = parser.parse_args(argv)
+    silence_libraries()
     base, target = find_model(args.base_model_path), find_model(args.target_model_path)
     report = make_delta(base, target, args.delta_path, getattr(torch, args.dtype), args.max_shard_size, args.overwrite)
     missed = sum(report["inexact"].values())

@@ -35,6 +35,7 @@ from convert.folder import (
 from convert.old_tokenizer import save_old_tokenizer
 from convert.weights import Specs, Weights, all_finite, is_old_buffer, write_weights
 from folders import new_folder
+from quiet import silence_libraries
 from utils import UserError, run_main, say, versions, write_json
 
 LEAST_COSINE = 0.1
@@ -226,6 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--low-cpu-mem", action="store_true", help="for old commands: memory is always kept low")
     parser.add_argument("--any-base", action="store_true", help="skip the test that embeddings resemble the base's")
     args = parser.parse_args(argv)
+    silence_libraries()
     base, delta = find_model(args.base_model_path), find_model(args.delta_path)
     target, dtype = args.target_model_path, getattr(torch, args.dtype)
     report = merge_delta(base, delta, target, dtype, args.max_shard_size, args.overwrite, args.any_base)

@@ -19,11 +19,12 @@ import polars as pl
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from arguments import make_parser, plain_name
+from arguments import make_parser
 from data import read_items
 from data_process.from_table import add_item_flags, frames, item_columns, text_columns
 from data_process.prepare import ITEM_TEXTS, check_name, checked_items
 from data_process.raw_files import BadLines, table_files
+from flag_values import plain_name
 from provenance import note_made, record_path, refuse_input
 from utils import UserError, atomic_path, read_json, regular_file, run_main, say
 

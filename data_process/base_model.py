@@ -18,9 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from arguments import SEEDS, make_parser, plain_name, whole
+from arguments import make_parser
 from data import read_inters, read_items, read_users
 from data_process.fetch import fetch
+from flag_values import SEEDS, plain_name, whole
 from folders import new_folder
 from prompt import SLOT, load_prompts
 from quiet import silence_libraries

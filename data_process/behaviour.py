@@ -21,8 +21,9 @@ from scipy.sparse.linalg import eigsh
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from arguments import array_file, make_parser, plain_name, real, whole
+from arguments import make_parser
 from data import read_inters, read_items
+from flag_values import array_file, plain_name, real, whole
 from item_vectors import neighbours
 from provenance import note_made, record_path, refuse_input
 from utils import UserError, atomic_path, run_main, say

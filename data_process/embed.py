@@ -22,9 +22,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from arguments import array_file, make_parser, plain_name, whole
+from arguments import make_parser
 from data_process.item_texts import CLEANERS, ItemTexts, item_texts, parse_fields
 from data_process.text_vectors import Parts, Team, encode_parts, gather_rows
+from flag_values import array_file, plain_name, whole
 from folders import locked
 from provenance import note_made, record_in
 from quiet import silence_libraries

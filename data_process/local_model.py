@@ -9,6 +9,7 @@ from typing import Any
 
 from data_process.answers import Ask, Keep
 from data_process.pretrained import load_pretrained
+from quiet import silence_libraries
 from reading import faults_said
 from utils import time_limit
 
@@ -35,6 +36,7 @@ class LocalModel:
         if not self._loaded:
             from transformers import AutoModelForCausalLM
 
+            silence_libraries()
             found = load_pretrained(self.path, "--local_model", AutoModelForCausalLM, self.device, self.dtype)
             found[0].padding_side = found[0].truncation_side = "left"
             self._loaded = found

@@ -30,10 +30,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from arguments import real, whole
 from data_process.cleaning import cleaned
 from data_process.dataset_files import DATASET_KINDS, Chosen, write_dataset
 from data_process.raw_files import BadLines
+from flag_values import real, whole
 from provenance import note_made, record_path, refuse_input
 from utils import UserError, say
 

@@ -19,9 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from arguments import make_parser, whole
+from arguments import make_parser
 from data import read_inters, read_items
 from data_process.prepare import check_name
+from flag_values import whole
 from utils import UserError, atomic_path, read_json, run_main, say
 
 ITEM_FIELDS = {"title": "title:token_seq", "categories": "categories:token_seq", "brand": "brand:token_seq"}
@@ -33,6 +34,7 @@ ITEM_ID_FIELD: item_id
 TIME_FIELD: timestamp
 load_col:
   inter: [user_id, item_id, item_id_list]
+  item: [item_id]  # those that nobody met are ranked too
 benchmark_filename: [train, valid, test]
 alias_of_item_id: [item_id_list]
 MAX_ITEM_LIST_LENGTH: {longest}

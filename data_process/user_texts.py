@@ -26,7 +26,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from arguments import SEEDS, make_parser, plain_name, real, whole
+from arguments import make_parser
 from data import read_inters, read_items
 from data_process.answers import ATTEMPT, AnswerFile, Ask, Endpoint
 from data_process.local_model import LocalModel
@@ -42,6 +42,7 @@ from data_process.text_requests import (
     read_reviews,
     requests_of,
 )
+from flag_values import SEEDS, plain_name, real, whole
 from folders import locked
 from provenance import note_made, record_path
 from utils import UserError, parse_json, read_json, run_main, say, write_json

@@ -1,6 +1,7 @@
-"""What the tests share: the hand-made dataset of toy_data.py, the world that abuses break, a clock against hanging."""
+"""What the tests share: the hand-made dataset, the world that abuses break, a clock; and the order of the files."""
 
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,12 @@ import pytest
 from toy_data import write_dataset
 
 SECONDS = 60  # what takes longer hangs
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with many slow tests first, so that no process of pytest-xdist is left with one at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ DEFAULTS = """
 seed=42 base_model=./llama-7b/ output_dir=./ckpt/ data_path=
 tasks=seqrec,item2index,index2item,fusionseqrec,itemsearch,preferenceobtain
 dataset=Games index_file=.index.json max_his_len=20 add_prefix=False only_train_response=False
-train_prompt_sample_num=1,1,1,1,1,1 train_data_sample_num=0,0,0,100000,0,0 valid_prompt_id=0 sample_valid=True
+valid_prompt_id=0 sample_valid=True
 valid_prompt_sample_num=2 optim=adamw_torch epochs=4 learning_rate=2e-05 per_device_batch_size=8
 gradient_accumulation_steps=2 logging_step=10 model_max_length=2048 weight_decay=0.01 lora_r=8 lora_alpha=32
 lora_dropout=0.05 lora_target_modules=q_proj,v_proj,k_proj,o_proj,gate_proj,down_proj,up_proj
@@ -57,13 +57,24 @@ def test_a_task_list_with_its_numbers():
     assert parse_tasks("seqrec, ItemSearch", "2,1", "0,50") == [("seqrec", 2, 0), ("itemsearch", 1, 50)]
 
 
+def test_numbers_that_are_not_given_are_the_originals():
+    args = parser_of(add_data).parse_args([])
+    found = parse_tasks(args.tasks, args.train_prompt_sample_num, args.train_data_sample_num)
+    assert found == parse_tasks(args.tasks, "1,1,1,1,1,1", "0,0,0,100000,0,0")
+    assert parse_tasks("seqrec", None, None) == [("seqrec", 1, 0)]
+    assert parse_tasks("index2item,fusionseqrec", "2,3", None) == [("index2item", 2, 0), ("fusionseqrec", 3, 100_000)]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--tasks", "seqrec,typo"], "unknown task 'typo'"),
         (["--tasks", "seqrec,seqrec"], "seqrec is named twice"),
         (["--tasks", ","], "names no task"),
-        (["--tasks", "seqrec"], "train_prompt_sample_num has 6 numbers, but --tasks names 1 tasks"),
+        (
+            ["--tasks", "seqrec", "--train_prompt_sample_num", "1,1"],
+            "sample_num has 2 numbers, but --tasks names 1 tasks",
+        ),
         (["--train_data_sample_num", "0,0"], "train_data_sample_num has 2 numbers, but --tasks names 6"),
         (["--train_data_sample_num", "0,0,0,-1,0,0"], "not a list of whole numbers"),
         (["--train_prompt_sample_num", "1,1,1,1,1,0"], "must be 1 or more"),

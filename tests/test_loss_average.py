@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import record_batches
 import torch
 import torch.nn.functional as F
 from record_batches import record
+from running import together
 from safetensors.torch import load_file
 from test_finetune_models import prepared
-from test_finetune_run import free_port
 from tiny_models import make_model
 from toy_data import write_drawn_dataset
 from transformers import AutoTokenizer
 
 import finetune
 
-ROOT = Path(__file__).resolve().parent.parent
 RATE = 0.2
 Batches = list[
     list[tuple[str, str, int | None]]
@@ -58,8 +55,8 @@ def loss_by_hand(model: Any, tokenizer: Any, processes: list[Batches], average: 
 def as_drawn(processes: list[Batches]) -> list[Batches]:
     """The micro-batches before samples were dealt to the processes by length."""
     drawn: list[Batches] = [[] for _ in processes]
-    for number, together in enumerate(zip(*processes, strict=True)):
-        samples = [sample for batch in together for sample in batch]
+    for number, dealt in enumerate(zip(*processes, strict=True)):
+        samples = [sample for batch in dealt for sample in batch]
         for process, batches in enumerate(drawn):
             own = [sample for sample in samples if sample[2] == process]
             batches.append(own or processes[process][number])
@@ -135,12 +132,8 @@ TOGETHER = {
 @pytest.mark.parametrize("average", ["batch", "token"])
 @pytest.mark.parametrize("name", TOGETHER)
 def test_two_processes_train_as_by_hand(world, name, average):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    command += [str(ROOT / "tests" / "record_batches.py"), str(world / "batches")]
-    command += flags(world, 2, "--loss_average", average, *TOGETHER[name])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    words = flags(world, 2, "--loss_average", average, *TOGETHER[name])
+    together(record_batches.main, [str(world / "batches"), *words])
     files = [json.loads((world / f"batches.{rank}.json").read_text()) for rank in (0, 1)]
     processes = as_drawn([file["batches"] for file in files])
     assert (processes != [file["batches"] for file in files]) == ("packing" in "".join(TOGETHER[name])), (

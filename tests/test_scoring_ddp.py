@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from running import free_port, together
 from scoring_world import make_world
 
 import test as test_script
+import test_ddp as test_ddp_script
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -24,12 +25,6 @@ USERS = 31  # no number of processes used here divides it
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     return make_world(tmp_path_factory.mktemp("world"), users=USERS)
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def flags(world: Path, results: Path) -> list[str]:
@@ -103,7 +98,7 @@ def assert_same(results: Path, single: Path, count: int = 3 * USERS) -> None:
 
 @pytest.mark.parametrize("processes", [2, 3, 5])  # one process: tests/test_scoring.py
 def test_any_number_of_processes_gives_the_same(world, single, tmp_path, processes):
-    finish(start(world, tmp_path / "r.json", processes))
+    together(test_ddp_script.main, flags(world, tmp_path / "r.json"), processes)
     assert_same(tmp_path / "r.json", single)
 
 
