@@ -47,7 +47,7 @@ from utils import run_main
 ROOT = Path(__file__).resolve().parent.parent
 W = Path(tempfile.gettempdir()) / f"faults-{os.getpid()}"
 DATA = ["--data_path", str(W), "--dataset", "Toy"]
-TRAIN = ["--base_model", f"{W}/base", *DATA, "--tasks", "seqrec,item2index,index2item", "--epochs", "3"]
+TRAIN = ["--base_model", f"{W}/base", *DATA, "--tasks", "seqrec,item2index,index2item", "--epochs", "2"]
 TRAIN += ["--train_prompt_sample_num", "1,1,1", "--train_data_sample_num", "0,0,0", "--per_device_batch_size", "8"]
 TRAIN += ["--gradient_accumulation_steps", "1", "--learning_rate", "1e-3", "--valid_prompt_sample_num", "1"]
 TRAIN += ["--report_to", "none", "--resume_from_checkpoint", "auto"]
@@ -59,9 +59,9 @@ INDEX = [
     "--device",
     "cpu",
     "--epochs",
-    "300",
+    "100",
     "--eval_step",
-    "10",
+    "5",
     "--layers",
     "32",
     "16",
