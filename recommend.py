@@ -197,11 +197,13 @@ class Recommender(RequestReader):
 
     def answer(self, requests: list[Request]) -> list[dict[str, Any]]:
         """An answer to each request, all decoded together: what it echoes and `items`, best first."""
-        groups: dict[Template, list[int]] = defaultdict(list)
-        for number, request in enumerate(requests):
-            groups[self.template(request)].append(number)
+        groups: dict[tuple[Template, int], list[int]] = defaultdict(list)
+        for number, request in enumerate(requests):  # what is asked beside it must not change an answer
+            beams = max(self.num_beams, request.top_k + len(request.exclude))
+            groups[self.template(request), beams].append(number)
         answers: list[dict[str, Any]] = [{} for _ in requests]
-        for template, numbers in groups.items():
+        for (template, beams), numbers in groups.items():
+            self.scorer.num_beams = beams
             found = self._decode(template, [requests[number] for number in numbers])
             for number, answer in zip(numbers, found, strict=True):
                 answers[number] = answer
@@ -214,8 +216,6 @@ class Recommender(RequestReader):
             other = self.prompts.prompt(template, dict.fromkeys(template.slots, "-"))
             self.scorer.share([ids[0], *encode_prompts(self.scorer.tokenizer, [other])])
             self.shared = template
-        needed = max(request.top_k + len(request.exclude) for request in requests)
-        self.scorer.num_beams = max(self.num_beams, needed)
         return [
             self._told(request, items, scores)
             for request, items, scores in zip(requests, *self.scorer.decode(ids), strict=True)

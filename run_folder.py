@@ -291,7 +291,7 @@ def log_history(checkpoint: Path) -> list[dict[str, float]]:
             {
                 str(key): float(value)
                 for key, value in row.items()
-                if type(value) in (int, float) and abs(value) < 1e30  # nor NaN
+                if type(value) in (int, float) and abs(float(value)) < 1e30  # nor NaN
             }
             for row in history
         ]

@@ -80,7 +80,8 @@ def run_main(main: Callable[[], Any]) -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that a GPU or the host has no memory left."""
-    return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
+    words = f"{type(error).__name__} {error}"
+    return any(part in words for part in ("MemoryError", "out of memory", "can't allocate memory"))
 
 
 def set_seed(seed: int) -> None:

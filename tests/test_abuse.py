@@ -8,11 +8,12 @@ from __future__ import annotations
 import pytest
 from abuse_check import Abuse, check
 from abuse_rows import ASKING, DATA, FLAGS, PLACES
+from abuse_rows_again import AGAIN
 from abuse_rows_models import ADAPTERS, ARRAYS, DEEPSPEED, MODELS, RUNS
 from abuse_rows_results import RESULT
 from abuse_world import COMMANDS
 
-ROWS = [*DATA, *ASKING, *FLAGS, *PLACES, *MODELS, *ADAPTERS, *ARRAYS, *DEEPSPEED, *RUNS, *RESULT]
+ROWS = [*DATA, *ASKING, *FLAGS, *PLACES, *MODELS, *ADAPTERS, *ARRAYS, *DEEPSPEED, *RUNS, *RESULT, *AGAIN]
 
 
 @pytest.mark.parametrize("abuse", ROWS, ids=str)

@@ -275,9 +275,9 @@ def test_dry_run_counts_and_asks_nothing(toy, capsys):
         (["--base_url", "ftp://x", "--model", "m"], "--base_url: give an address"),
         (["--base_url", "http://me:word@x/v1", "--model", "m"], "leave user, password and query out"),
         (["--dry_run"], "cost nothing"),
-        (["--concurrency", "0"], "--concurrency 0: must be at least 1"),
-        (["--timeout", "0"], "--timeout 0.0: out of range"),
-        (["--price_in", "nan"], "--price_in nan: out of range"),
+        (["--concurrency", "0"], "--concurrency: '0' is not"),
+        (["--timeout", "0"], "--timeout: '0' is not"),
+        (["--price_in", "nan"], "--price_in: 'nan' is not"),
         (["--local_model", "./nowhere"], "no such folder"),
     ],
 )
