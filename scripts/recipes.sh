@@ -1,8 +1,8 @@
 # Sourced by run.sh: the settings of each dataset.
 
-# codes_of ITEM_FILE: the codes of an index level for a dataset: a power of two with about 13 items to each code.
+# codes_of ITEM_FILE: the codes of an index level for a dataset: a power of two with about 6 items to each code.
 codes_of() {
-  python -c 'import json, math, sys; print(2 ** max(4, round(math.log2(len(json.load(open(sys.argv[1], encoding="utf-8"))) / 13))))' "$1"
+  python -c 'import json, math, sys; print(2 ** max(4, round(math.log2(len(json.load(open(sys.argv[1], encoding="utf-8"))) / 6.5))))' "$1"
 }
 
 # recipe DATASET BASE_MODEL GPUS: sets NPROC, TEST_NPROC, INDEX_, BASE_, FINETUNE_ and TEST_RECIPE, and BEHAVIOUR (1: indices
