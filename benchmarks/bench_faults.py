@@ -108,7 +108,8 @@ def index(folder: Path) -> None:
     runs = sorted({path.parent for path in folder.glob("*/*.pth")})
     index_main.main(["--resume", str(runs[-1]), "--device", "cpu"] if runs else [*INDEX, "--ckpt_dir", str(folder)])
     best = sorted(folder.glob("*/best_collision_model.pth"))[-1]
-    generate_indices.main(["--ckpt_path", str(best), "--output_file", f"{folder}/Toy.index.json", "--device", "cpu"])
+    made = ["--output_file", f"{folder}/Toy.index.json", "--overwrite", "--device", "cpu"]
+    generate_indices.main(["--ckpt_path", str(best), *made])
 
 
 def merge(folder: Path) -> None:

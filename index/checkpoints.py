@@ -31,6 +31,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     epoch, weights = content["epoch"], content["state_dict"]
     if not isinstance(epoch, int) or not -1 <= epoch < 10**9:
         raise InputError(f"{path}: its epoch is {str(epoch)[:40]!r}; expected a whole number")
+    if not isinstance(content.get("resume", {}), dict):
+        raise InputError(f"{path}: its resume holds no random state")
     if not isinstance(weights, dict) or not weights:
         raise InputError(f"{path}: its state_dict holds no weights")
     for name, value in weights.items():
