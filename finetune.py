@@ -330,7 +330,7 @@ def make_trainer(run: Run) -> Any:
     from transformers import PrinterCallback, ProgressCallback
 
     from callbacks import Bar, Epochs, Replacing, RunLog
-    from training import RecTrainer, checkpoint_bytes
+    from training import RecTrainer, checkpoint_bytes, code_weights
     from valid_ranking import Ranking
 
     check_space(run.folder.path, 2 * checkpoint_bytes(run.model), "a checkpoint and the final model need")
@@ -374,15 +374,6 @@ def make_trainer(run: Run) -> Any:
     if sys.stderr.isatty():
         trainer.add_callback(Bar)
     return trainer
-
-
-def code_weights(indices: list[tuple[str, ...]], tokenizer: Any, weight: float) -> torch.Tensor | None:
-    """What `--last_code_weight` asks for: `weight` for the ids of the indices' last tokens, 1 for others: float (tokens,)."""
-    if weight == 1:
-        return None
-    weights = torch.ones(len(tokenizer))
-    weights[tokenizer.convert_tokens_to_ids(sorted({index[-1] for index in indices}))] = weight
-    return weights
 
 
 def task_samples(run: Run) -> TaskValidSet | None:

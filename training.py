@@ -289,6 +289,15 @@ class RecTrainer(Trainer):
             torch.save(self.args, folder / "training_args.bin")
 
 
+def code_weights(indices: list[tuple[str, ...]], tokenizer: Any, weight: float) -> torch.Tensor | None:
+    """What `--last_code_weight` asks for: `weight` for the ids of the indices' last tokens, 1 for others: float (tokens,)."""
+    if weight == 1:
+        return None
+    weights = torch.ones(len(tokenizer))
+    weights[tokenizer.convert_tokens_to_ids(sorted({index[-1] for index in indices}))] = weight
+    return weights
+
+
 def checkpoint_bytes(model: Any) -> int:
     """About how large a checkpoint is: weights, and AdamW's two moments and master weights of what trains."""
     sizes = [getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad]
