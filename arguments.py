@@ -151,6 +151,12 @@ TRAIN = (
         "peak learning rate of the item tokens' rows, as that of all other weights if absent",
         real(0, below=1e12, above_low=True),
     ),
+    Flag(
+        "last_code_weight",
+        1.0,
+        "weight of the tokens of an index's last level in the training loss, beside 1 of all others",
+        real(0, below=1e6, above_low=True),
+    ),
     Flag("optim", "adamw_torch", "a transformers optimiser name (adamw_torch, adamw_bnb_8bit, …)"),
     Flag("epochs", 4, "passes over the training samples", real(0, below=1e6, above_low=True)),
     Flag("learning_rate", 2e-5, "peak learning rate", real(0, below=1e12, above_low=True)),

@@ -356,6 +356,7 @@ def make_trainer(run: Run) -> Any:
         task_set=task_samples(run),
         ranking=ranking,
         loss_average=args.loss_average,
+        weights=code_weights(run.data.indices, run.tokenizer, args.last_code_weight),
         train_dataset=run.train_set,
         eval_dataset=run.valid_set,
         data_collator=collator,
@@ -373,6 +374,15 @@ def make_trainer(run: Run) -> Any:
     if sys.stderr.isatty():
         trainer.add_callback(Bar)
     return trainer
+
+
+def code_weights(indices: list[tuple[str, ...]], tokenizer: Any, weight: float) -> torch.Tensor | None:
+    """What `--last_code_weight` asks for: `weight` for the ids of the indices' last tokens, 1 for others: float (tokens,)."""
+    if weight == 1:
+        return None
+    weights = torch.ones(len(tokenizer))
+    weights[tokenizer.convert_tokens_to_ids(sorted({index[-1] for index in indices}))] = weight
+    return weights
 
 
 def task_samples(run: Run) -> TaskValidSet | None:

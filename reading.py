@@ -21,7 +21,18 @@ from utils import UserError, first_line, read_json, regular_file
 
 # what checkpoints of older libraries store besides their weights
 BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
-JSON_FILES = ("*config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json", "*.index.json")
+SETTINGS = (
+    "config",
+    "generation_config",
+    "tokenizer_config",
+    "adapter_config",
+    "processor_config",
+    "preprocessor_config",
+)
+JSON_FILES = (
+    *(f"{name}.json" for name in SETTINGS),
+    *("special_tokens_map.json", "added_tokens.json", "tokenizer.json", "*.index.json"),
+)
 READ = ("*.json", "*.safetensors", "*.bin", "*.model", "*.gguf", "*.txt", "*.jinja")
 ADAPTER = "adapter_config.json"
 

@@ -39,6 +39,7 @@ class RecTrainer(Trainer):
         ranking: called with the model after each evaluation; its figures join the evaluation's.
         beside_checkpoint: writes to the folder that it is given what belongs beside a checkpoint's weights.
         loss_average: "batch" or "token", what the loss of an optimiser's step is (`compute_loss`).
+        weights: of each token id in the training loss, float `(vocabulary,)`; all alike if absent.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class RecTrainer(Trainer):
         ranking: Any = None,
         beside_checkpoint: Callable[[Path], None] | None = None,
         loss_average: str = "batch",
+        weights: Tensor | None = None,
         **more: Any,
     ):
         if more["data_collator"].packing and 1 < world_size() <= MOST_DEALT:
@@ -56,6 +58,7 @@ class RecTrainer(Trainer):
         super().__init__(*args, **more)
         self.beside_checkpoint, self.resumed = beside_checkpoint, Path(self.args.output_dir)
         self.tasks, self.task_set, self.ranking = tasks, task_set, ranking
+        self.weights = weights
         self.model_accepts_loss_kwargs = loss_average == "token"  # then compute_loss is told the step's labelled tokens
         self.args.logging_nan_inf_filter = False  # it would hide what `_get_grad_norm` looks for
         self.head = LabelledHead(self.accelerator.unwrap_model(self.model))
@@ -153,10 +156,15 @@ class RecTrainer(Trainer):
         `batch`: the mean over the micro-batch's own labelled tokens, 0 without any. The `Trainer` divides it by the number of
         accumulated micro-batches, and the processes' gradients are averaged: a plain mean of means.
         `token`: the mean over all labelled tokens of the step, on all processes and accumulated micro-batches.
+        With `weights`, a token's loss is taken times its weight over the mean weight of the micro-batch's labelled tokens.
         """
         drawn_for = inputs.pop("drawn_for", None)
         losses, tasks = self.token_losses(model, inputs)
         self._count(inputs, losses.detach(), tasks)
+        if self.weights is not None and len(losses):
+            labels = inputs["labels"][:, 1:]
+            weights = self.weights.to(labels.device)[labels[labels != IGNORE]]
+            losses = losses * weights / weights.mean()
         if num_items_in_batch is not None:
             return losses.sum() * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
         if drawn_for is None:

@@ -1,5 +1,7 @@
-"""What the tests share: the hand-made dataset, the world that abuses break, a clock; and the order of the files."""
+"""What the tests share: datasets, models, the world that abuses break, a clock; and the order of the files."""
 
+import fcntl
+import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +17,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with many slow tests first, so that no process of pytest-xdist is left with one at the end."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M as a base model, made once for all processes of pytest-xdist."""
+    from data_process import base_model
+
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    with open(root / "smollm2.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / "smollm2").exists():
+            base_model.main(["smollm2", "--target", str(root / "smollm2")])
+    return root / "smollm2"
 
 
 @pytest.fixture

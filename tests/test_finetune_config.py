@@ -94,6 +94,11 @@ def test_wrong_flags_are_one_sentence(flags, message):
         finetune.parse(["--deepspeed", str(CONFIG / "ds_z3_bf16.json"), *flags])
 
 
+def test_numbers_that_are_not_given_are_recorded_as_those_of_the_tasks():
+    args = finetune.parse(["--deepspeed", "none", "--tasks", "seqrec,fusionseqrec"])
+    assert (args.train_prompt_sample_num, args.train_data_sample_num) == ("1,1", "0,100000")
+
+
 def facts(**changes: object) -> RunRecord:
     return RunRecord(
         **{

@@ -151,11 +151,9 @@ def test_losses_over_all_tokens_are_those_of_a_plain_trainer_on_a_collation_by_h
 
 
 @pytest.mark.slow
-def test_a_pretrained_model_from_gguf_goes_on_from_what_it_knows(tmp_path):
+def test_a_pretrained_model_from_gguf_goes_on_from_what_it_knows(tmp_path, smollm2_folder):
     """SmolLM2-135M, dequantised: tied embeddings, no BOS, real weights."""
-    from data_process import base_model
-
-    base_model.main(["smollm2", "--target", str(tmp_path / "base")])
+    (tmp_path / "base").symlink_to(smollm2_folder)
     write_drawn_dataset(tmp_path / "data")
     more = ["--tasks", "index2item", "--train_prompt_sample_num", "1", "--train_data_sample_num", "3", "--packing"]
     more += ["--only_train_response", "--learning_rate", "1e-4", "--gradient_accumulation_steps", "1"]

@@ -37,17 +37,21 @@ def flags(folder: Path, accumulation: int, *more: str) -> list[str]:
     return [*own, "--save_and_eval_strategy", "steps", "--save_and_eval_steps", "1000", *more]
 
 
-def loss_by_hand(model: Any, tokenizer: Any, processes: list[Batches], average: str) -> torch.Tensor:
-    """The loss of one step from the micro-batches of each process."""
+def loss_by_hand(
+    model: Any, tokenizer: Any, processes: list[Batches], average: str, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The loss of one step from the micro-batches of each process; a batch's mean by the weights of token ids, if given."""
     means, total, count = [], 0.0, 0
     for batch in (batch for batches in processes for batch in batches):
-        losses = []
+        losses, shares = [], []
         for prompt, response, _ in batch:
             shown = len(tokenizer(prompt)["input_ids"])
             whole = tokenizer(prompt + response)["input_ids"] + [tokenizer.eos_token_id]
             logits = model(torch.tensor([whole]), use_cache=False).logits[0, shown - 1 : -1]
             losses.append(F.cross_entropy(logits, torch.tensor(whole[shown:]), reduction="none"))
-        means.append(torch.cat(losses).mean())
+            shares.append(torch.ones(len(losses[-1])) if weights is None else weights[whole[shown:]])
+        share = torch.cat(shares)
+        means.append(torch.cat(losses) @ share / share.sum())
         total, count = total + torch.cat(losses).sum(), count + sum(map(len, losses))
     return torch.stack(means).mean() if average == "batch" else total / count
 
@@ -64,7 +68,12 @@ def as_drawn(processes: list[Batches]) -> list[Batches]:
 
 
 def train_by_hand(
-    model: Any, tokenizer: Any, processes: list[Batches], accumulation: int, average: str
+    model: Any,
+    tokenizer: Any,
+    processes: list[Batches],
+    accumulation: int,
+    average: str,
+    weights: torch.Tensor | None = None,
 ) -> list[tuple[float, float]]:
     """Change `model` as training does; loss and gradient norm of each step. An epoch's last step has what is left of it."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -73,7 +82,7 @@ def train_by_hand(
     for begin in (0, epoch):
         for start in range(begin, begin + epoch, accumulation):
             step = [batches[start : min(start + accumulation, begin + epoch)] for batches in processes]
-            loss = loss_by_hand(model, tokenizer, step, average)
+            loss = loss_by_hand(model, tokenizer, step, average, weights)
             gradients = torch.autograd.grad(loss, parameters)
             norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
             with torch.no_grad():
@@ -112,6 +121,18 @@ def test_one_process_trains_as_by_hand(world, average, accumulation, packing, lo
     check_log(run.trainer.state.log_history, wanted)
     for (name, mine), other in zip(run.model.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(mine, other, atol=2e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("packing", [[], ["--packing"]], ids=["padded", "packed"])
+def test_the_last_codes_weigh_more(world, packing):
+    run = finetune.prepare(finetune.parse(flags(world, 2, "--last_code_weight", "3", *packing)))
+    model, batches = copy.deepcopy(run.model), record(run)
+    run.trainer.train()
+    last = {index[-1] for index in run.data.indices}
+    tokens = run.tokenizer.convert_ids_to_tokens(list(range(len(run.tokenizer))))
+    weights = torch.tensor([3.0 if token in last else 1.0 for token in tokens])
+    assert 0 < len(last) < len(run.data.item_tokens)
+    check_log(run.trainer.state.log_history, train_by_hand(model, run.tokenizer, [batches], 2, "batch", weights))
 
 
 def test_the_default_is_the_originals_and_recorded(world):

@@ -395,12 +395,9 @@ def test_a_local_model_of_chance(toy, tmp_path):
 
 
 @pytest.mark.slow
-def test_smollm2_writes_texts(tmp_path):
-    from data_process import base_model
-
-    base_model.main(["smollm2", "--target", str(tmp_path / "smollm2")])
+def test_smollm2_writes_texts(tmp_path, smollm2_folder):
     toy = write_dataset(tmp_path / "data", inter={"0": INTERS["0"]}, user=None)  # a user: minutes on one core
-    flags = ["--data_path", str(toy), "--dataset", "Toy", "--local_model", str(tmp_path / "smollm2")]
+    flags = ["--data_path", str(toy), "--dataset", "Toy", "--local_model", str(smollm2_folder)]
     user_texts.main([*flags, "--max_tokens", "100", "--tries", "2"])
     content = json.loads((toy / "Toy" / "Toy.user.json").read_text())
     assert content["made_by"]["texts_by_model"] > 0
