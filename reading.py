@@ -21,16 +21,8 @@ from utils import UserError, first_line, read_json, regular_file
 
 # what checkpoints of older libraries store besides their weights
 BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
-SETTINGS = (
-    "config",
-    "generation_config",
-    "tokenizer_config",
-    "adapter_config",
-    "processor_config",
-    "preprocessor_config",
-)
 JSON_FILES = (
-    *(f"{name}.json" for name in SETTINGS),
+    *(f"{kind}config.json" for kind in ("", "generation_", "tokenizer_", "adapter_", "processor_", "preprocessor_")),
     *("special_tokens_map.json", "added_tokens.json", "tokenizer.json", "*.index.json"),
 )
 READ = ("*.json", "*.safetensors", "*.bin", "*.model", "*.gguf", "*.txt", "*.jinja")

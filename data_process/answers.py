@@ -58,7 +58,9 @@ class AnswerFile:
 
     def keep(self, key: str, answer: str, tokens: dict[str, int]) -> None:
         """Add an answer, on the disk at once. The API key never gets there, even if the endpoint repeats it."""
-        answer = without_secret(answer.encode("utf-8", "replace").decode(), self.secret)  # or it could not be read again
+        answer = without_secret(
+            answer.encode("utf-8", "replace").decode(), self.secret
+        )  # or it could not be read again
         self.answers.setdefault(key, []).append(answer)
         for name, count in tokens.items():
             self.tokens[name] += count
