@@ -22,7 +22,7 @@ from utils import UserError, first_line, read_json, regular_file
 # what checkpoints of older libraries store besides their weights
 BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
 JSON_FILES = (
-    *("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json", "processor_config.json"),
+    *(f"{kind}config.json" for kind in ("", "generation_", "tokenizer_", "adapter_", "processor_", "preprocessor_")),
     *("special_tokens_map.json", "added_tokens.json", "tokenizer.json", "*.index.json"),
 )
 READ = ("*.json", "*.safetensors", "*.bin", "*.model", "*.gguf", "*.txt", "*.jinja")

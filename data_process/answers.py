@@ -58,7 +58,9 @@ class AnswerFile:
 
     def keep(self, key: str, answer: str, tokens: dict[str, int]) -> None:
         """Add an answer, on the disk at once. The API key never gets there, even if the endpoint repeats it."""
-        answer = without_secret(answer, self.secret)
+        answer = without_secret(
+            answer.encode("utf-8", "replace").decode(), self.secret
+        )  # or it could not be read again
         self.answers.setdefault(key, []).append(answer)
         for name, count in tokens.items():
             self.tokens[name] += count
@@ -163,7 +165,7 @@ class Endpoint:
             again = error.status_code in (408, 409, 429) or error.status_code >= 500
             tried = f" even after {self.retries + 1} tries" if again else ""
             raise self._error(error, f"says {error.status_code}{tried}") from None
-        except (openai.APIError, ValueError) as error:  # the answer's body is not what the client knows
+        except (openai.APIError, ValueError, RecursionError) as error:  # the answer's body is not what the client knows
             keep(key, f"unreadable: {type(error).__name__}", {})
             return
         self.answered += 1
