@@ -49,8 +49,8 @@ DROPOUTS = {
     "BERT4Rec": ("hidden_dropout_prob", "attn_dropout_prob"),
 }
 GRID: dict[str, list[Point]] = {
-    "SASRec": [(1e-3, dropout, batch) for batch in (1024, 256) for dropout in (0.2, 0.5)],
-    "GRU4Rec": [(rate, dropout, 256) for rate in (1e-3, 3e-3) for dropout in (0.1, 0.3)],
+    "SASRec": [(1e-3, dropout, 1024) for dropout in (0.2, 0.5)],
+    "GRU4Rec": [(rate, 0.3, 256) for rate in (1e-3, 3e-3)],
     "BERT4Rec": [(rate, 0.2, 256) for rate in (1e-3, 3e-3)],
 }
 RECBOLE = {

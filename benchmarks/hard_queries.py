@@ -21,14 +21,14 @@ from data import read_inters, read_items, read_users
 from data_process.rule_texts import content_words
 from utils import UserError, read_json, run_main, say, write_json
 
-PARTS = re.compile(r"[^\W\d_]{2,}")  # of a word with hyphens each part
+PARTS = re.compile(r"[^\W_]{2,}")  # of a word with hyphens each part; digits too: model numbers name an item
 
 
 def same_stem(word: str, other: str) -> bool:
-    """True if the words are forms of one: they share their beginning up to the last three letters, at least three."""
+    """True if the words are equal or forms of one: they share their beginning up to the last three letters, at least three."""
     short, long = sorted((word.lower(), other.lower()), key=len)
     shared = next((i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), len(short))
-    return shared >= 3 and shared >= len(long) - 3
+    return short == long or (shared >= 3 and shared >= len(long) - 3)
 
 
 def without_title(query: str, title: str) -> str:

@@ -25,6 +25,7 @@ from data_process.fetch import fetch
 from data_process.rule_texts import content_words
 from flag_values import SEEDS
 from metrics.ranking import means, rank_of
+from quiet import silence_libraries
 from reading import read_array
 from results import read_predictions
 from samples import TestSet
@@ -94,6 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         "--results", nargs="*", default=[], metavar="NAME=FILE", help="models: a line's name and a results file"
     )
     options = parser.parse_args(argv)
+    silence_libraries()
     parts = TASKS["itemsearch"].splits["test"].user_parts
     data = load_data(options.data_path, options.dataset, options.index_file, parts)
     samples = TestSet(data, "itemsearch", HistoryFormat(), seed=options.seed)

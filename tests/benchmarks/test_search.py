@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
         ("a red pen", "Red pens", ""),
         ("heavy-duty steel", "Duty free", "steel"),
         ("a notebook", "", "a notebook"),
+        ("an SP24 with TI-84 keys", "SP24 for TI-84", "an with keys"),
     ],
 )
 def test_no_form_of_a_titles_word_is_left(query, title, left):
