@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from convert.folder import TOKENIZERS, ModelFolder, read_tokenizer
 from convert.hub import reason
 from convert.weights import Weights, all_finite
-from utils import UserError
+from utils import UserError, time_limit
 
 PREFIX = "base_model.model."
 INITIAL = (True, False, "gaussian")  # others change the base's own weights
@@ -46,11 +46,14 @@ def merge_adapter(model: PreTrainedModel, base: ModelFolder, adapter: ModelFolde
     known = read_tokenizer(base).get_vocab() if any(base.has(name) for name in TOKENIZERS) else vocab
     lacking = {number for token, number in vocab.items() if token not in known}
     dtype, new_ids, ends = model.dtype, *_grow(model, weights, len(tokenizer), lacking)
+    place = adapter.path / "adapter_config.json"
     try:
-        peft_model = get_peft_model(model, config, low_cpu_mem_usage=True)
-        wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+        with time_limit(f"{place}: its patterns of modules take for ever to look for"):
+            peft_model = get_peft_model(model, config, low_cpu_mem_usage=True)
+            wanted = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+    except UserError:
+        raise
     except Exception as error:  # noqa: BLE001  (peft checks few of its settings, each in its own way)
-        place = adapter.path / "adapter_config.json"
         raise UserError(f"{place}: does not fit the base, or is damaged ({reason(error)})") from None
     also = {name: tensor for name, tensor in peft_model.state_dict().items() if name in ends}
     state = _checked_tensors(weights, _shapes(wanted), _shapes(also))

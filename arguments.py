@@ -6,13 +6,14 @@ Names and defaults are the original's. A value that is out of range is one line 
 from __future__ import annotations
 
 import argparse
-import math
+import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 from typing import Any, NoReturn
 
+from flag_values import SEEDS, batch_size, file_name, folder_name, plain_name, real, steps_or_all, whole
 from tasks import TASKS
 from utils import UserError
 
@@ -32,83 +33,6 @@ class Role(Enum):
     FREE = "free"
 
 
-# ---- kinds of values ----
-
-
-def text(value: str) -> str:
-    """Any text that UTF-8 can write. Used as an argparse type, as all kinds below."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"{value!r} is not valid UTF-8") from None
-    return value
-
-
-def file_name(value: str) -> str:
-    """A kind: the path of a file."""
-    if not Path(text(value)).name:
-        raise argparse.ArgumentTypeError(f"{value!r} is not the name of a file")
-    return value
-
-
-def folder_name(value: str) -> str:
-    """A kind: the path of a folder (a point for this one)."""
-    if not text(value):
-        raise argparse.ArgumentTypeError("'' is not the name of a folder")
-    return value
-
-
-def whole(low: int, high: int | None = None) -> Callable[[str], int]:
-    """A kind: whole numbers from `low` to `high`."""
-
-    def kind(value: str) -> int:
-        try:
-            number = int(value) if len(value) <= 20 else None
-        except ValueError:
-            number = None
-        if number is None or number < low or (high is not None and number > high):
-            raise argparse.ArgumentTypeError(f"{value[:40]!r} is not {kind.__doc__}")
-        return number
-
-    kind.__doc__ = f"a whole number from {low}" + (f" to {high}" if high is not None else " on")
-    return kind
-
-
-def real(low: float, below: float = math.inf, above_low: bool = False) -> Callable[[str], float]:
-    """A kind: finite numbers from `low` (or above it) and smaller than `below`."""
-
-    def kind(value: str) -> float:
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if not low <= number < below or (above_low and number == low):
-            raise argparse.ArgumentTypeError(f"{value[:40]!r} is not {kind.__doc__}")
-        return number
-
-    end = "" if below == math.inf else f" and below {below:g}"
-    kind.__doc__ = f"a number {'above' if above_low else 'from'} {low:g}{end}" + ("" if above_low or end else " on")
-    return kind
-
-
-def batch_size(value: str) -> int | str:
-    """A kind: a positive number, or `auto`."""
-    if value == "auto":
-        return value
-    try:
-        return whole(1)(value)
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{value!r} is neither a positive number nor auto") from None
-
-
-def steps_or_all(value: str) -> int:
-    """A kind: -1 for all, or a whole number from 1 on."""
-    number = whole(-1)(value)
-    if number == 0:
-        raise argparse.ArgumentTypeError("0 is nothing; -1 means all")
-    return number
-
-
 # ---- flags ----
 
 
@@ -123,7 +47,7 @@ class Flag:
     name: str
     default: Any
     help: str
-    kind: Callable[[str], Any] | None = text
+    kind: Callable[[str], Any] | None = str
     role: Role = Role.RESULT
     choices: tuple[str, ...] | None = None
     metavar: str | None = None
@@ -141,13 +65,13 @@ class Flag:
 
 
 GLOBAL = (
-    Flag("seed", 42, "seed of every random choice", whole(0, 2**32 - 1)),
+    Flag("seed", 42, "seed of every random choice", SEEDS),
     Flag("base_model", "./llama-7b/", "causal LM: a local folder or a hub id", folder_name, Role.FREE),
     Flag("output_dir", "./ckpt/", "where checkpoints and the final model go", folder_name, Role.FREE),
 )
 DATASET = (
     Flag("data_path", "", "folder that holds <dataset>/", role=Role.FREE),
-    Flag("dataset", "Games", "name of the dataset, and of its folder"),
+    Flag("dataset", "Games", "name of the dataset, and of its folder", plain_name),
     Flag("index_file", ".index.json", "ending of the index file: <dataset><index_file>", role=Role.FREE),
 )
 # How a model is asked. It must be asked as it was trained, so these are saved beside its weights (prompt_style.py).
@@ -174,14 +98,15 @@ MIXTURE = (
     Flag("only_train_response", False, "loss on the response only, not the prompt", None, Role.TRAINING),
     Flag(
         "train_prompt_sample_num",
-        "1,1,1,1,1,1",
-        "per task: how often a sample occurs in an epoch, each time with another template",
+        None,
+        "per task: how often a sample occurs in an epoch, each time with another template; if absent, once",
         role=Role.TRAINING,
     ),
     Flag(
         "train_data_sample_num",
-        "0,0,0,100000,0,0",
-        "per task: draw so many samples, once and without replacement; 0: all",
+        None,
+        "per task: draw so many samples, once and without replacement; 0: all; if absent, 100000 of fusionseqrec and all of "
+        "the others",
         role=Role.TRAINING,
     ),
     Flag(
@@ -224,11 +149,17 @@ TRAIN = (
         "new_rows_learning_rate",
         None,
         "peak learning rate of the item tokens' rows, as that of all other weights if absent",
-        real(0, above_low=True),
+        real(0, below=1e12, above_low=True),
+    ),
+    Flag(
+        "last_code_weight",
+        1.0,
+        "weight of the tokens of an index's last level in the training loss, beside 1 of all others",
+        real(0, below=1e6, above_low=True),
     ),
     Flag("optim", "adamw_torch", "a transformers optimiser name (adamw_torch, adamw_bnb_8bit, …)"),
-    Flag("epochs", 4, "passes over the training samples", real(0, above_low=True)),
-    Flag("learning_rate", 2e-5, "peak learning rate", real(0, above_low=True)),
+    Flag("epochs", 4, "passes over the training samples", real(0, below=1e6, above_low=True)),
+    Flag("learning_rate", 2e-5, "peak learning rate", real(0, below=1e12, above_low=True)),
     Flag("per_device_batch_size", 8, "samples per process and step", whole(1)),
     Flag("gradient_accumulation_steps", 2, "batches per optimiser step", whole(1)),
     Flag(
@@ -247,7 +178,7 @@ TRAIN = (
         "which the paper's checkpoints were trained (a LLaMA base only); paper: 2023 for a LLaMA base, else base",
         choices=("base", "2023", "paper"),
     ),
-    Flag("weight_decay", 0.01, "decoupled weight decay of AdamW", real(0)),
+    Flag("weight_decay", 0.01, "decoupled weight decay of AdamW", real(0, below=1e12)),
     Flag("dropout", 0.0, "share dropped of the embeddings and of each layer's branches, in training", real(0, below=1)),
     Flag(
         "resume_from_checkpoint",
@@ -288,8 +219,8 @@ TRAIN = (
 )
 LORA = (
     Flag("lora", False, "train an adapter instead of all weights", None),
-    Flag("lora_r", 8, "rank", whole(1)),
-    Flag("lora_alpha", 32, "scale: alpha / rank", whole(1)),
+    Flag("lora_r", 8, "rank", whole(1, 2**16 - 1)),
+    Flag("lora_alpha", 32, "scale: alpha / rank", whole(1, 2**16 - 1)),
     Flag("lora_dropout", 0.05, "dropout before the adapter", real(0, below=1)),
     Flag("lora_target_modules", LORA_TARGETS, "modules with an adapter, by commas"),
     Flag("lora_modules_to_save", "embed_tokens,lm_head", "modules trained whole, by commas"),
@@ -357,7 +288,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise `message`."""
-        raise UserError(f"{message.removeprefix('argument ')} (--help explains the flags)")
+        raise UserError(f"{message.removeprefix('argument ')[:500]} (--help explains the flags)")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, for words that files and the system can take: UTF-8, without NUL."""
+        flag = ""
+        for word in map(str, sys.argv[1:] if args is None else args):
+            flag = word.partition("=")[0] if word.startswith("-") else flag
+            if re.search("[\0\ud800-\udfff]", word):
+                self.error(f"{flag}: {ascii(word)[:80]} is not valid UTF-8, or holds a NUL")
+        return super().parse_known_args(args, namespace)
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
@@ -415,6 +355,11 @@ def parse_given(parser: argparse.ArgumentParser, argv: list[str] | None) -> tupl
     return args, given
 
 
+def style_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The values of `PROMPT` and of `dataset`: what a trained model knows itself."""
+    return {name: getattr(args, name) for name in (*(flag.name for flag in PROMPT), "dataset")}
+
+
 # ---- lists in flags ----
 
 
@@ -423,11 +368,12 @@ def comma_list(value: str) -> list[str]:
     return [part.strip() for part in value.split(",") if part.strip()]
 
 
-def parse_tasks(tasks: str, prompt_numbers: str, sample_numbers: str) -> list[tuple[str, int, int]]:
+def parse_tasks(tasks: str, prompt_numbers: str | None, sample_numbers: str | None) -> list[tuple[str, int, int]]:
     """`(task, copies an epoch, samples drawn or 0 for all)` for each task named.
 
     Args:
-        tasks, prompt_numbers, sample_numbers: `--tasks`, `--train_prompt_sample_num`, `--train_data_sample_num`.
+        tasks: `--tasks`.
+        prompt_numbers, sample_numbers: `--train_prompt_sample_num`, `--train_data_sample_num`; each task's own if absent.
 
     Raises:
         UserError: an unknown or repeated task, lists of different lengths, or a number that is none.
@@ -440,14 +386,19 @@ def parse_tasks(tasks: str, prompt_numbers: str, sample_numbers: str) -> list[tu
             raise UserError(f"--tasks: {name} is named twice")
     if not names:
         raise UserError("--tasks names no task")
-    numbers = []
-    for flag, value in (("train_prompt_sample_num", prompt_numbers), ("train_data_sample_num", sample_numbers)):
+    numbers = [[1] * len(names), [TASKS[name].drawn for name in names]]
+    given = (("train_prompt_sample_num", prompt_numbers), ("train_data_sample_num", sample_numbers))
+    for place, (flag, value) in enumerate(given):
+        if value is None:
+            continue
         parts = comma_list(value)
         if len(parts) != len(names):
             raise UserError(f"--{flag} has {len(parts)} numbers, but --tasks names {len(names)} tasks")
         if not all(part.isascii() and part.isdigit() and len(part) <= 18 for part in parts):
             raise UserError(f"--{flag}: {value!r} is not a list of whole numbers from 0")
-        numbers.append([int(part) for part in parts])
+        numbers[place] = [int(part) for part in parts]
+    if max(numbers[0]) > 10**6:
+        raise UserError(f"--train_prompt_sample_num: {max(numbers[0])} copies of a sample an epoch; 1,000,000 at most")
     if 0 in numbers[0]:
         raise UserError("--train_prompt_sample_num must be 1 or more; leave a task out with --tasks")
     return list(zip(names, *numbers, strict=True))

@@ -127,6 +127,10 @@ class TrainCollator:
             batch["seen"] = [int(sizes.sum()), len(samples)]
         return batch
 
+    def without_label(self, samples: list[dict[str, str]]) -> int:
+        """How many of `samples` train nothing, as they are cut before the response begins."""
+        return sum(bool((self([sample])["labels"][:, 1:] == IGNORE).all()) for sample in samples)
+
 
 @dataclass
 class TestCollator:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import UserError, read_json, say
+from utils import UserError, is_plain_name, read_json, say
 
 ITEM_TOKEN = re.compile(r"<[a-z]+_[0-9]+>")
 TITLE_EDGES = " \t\r\n.!?,;:`"
@@ -112,7 +112,7 @@ def load_data(
     Raises:
         UserError: a file is missing or broken; the message says file, key and reason.
     """
-    if not dataset or Path(dataset).name != dataset:
+    if not is_plain_name(dataset):
         raise UserError(f"--dataset {dataset!r}: is not the name of a folder in --data_path")
     folder = Path(data_path) / dataset
     if not folder.is_dir():

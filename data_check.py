@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 import provenance
-from arguments import DATASET, PROMPT, add_flags, make_parser, whole
+from arguments import DATASET, PROMPT, add_flags, make_parser, style_flags
 from data import RecData, UserTexts, check_index, read_inters, read_items, read_users
+from flag_values import whole
 from prompt_style import PromptStyle
 from results import read_results
-from run_folder import RECORD, RunRecord, model_fingerprint
+from run_folder import RECORD, RunFolder, model_fingerprint
 from samples import TrainSet
 from tasks import TASKS
 from utils import UserError, read_json, sha256
@@ -150,7 +151,7 @@ def check(args: argparse.Namespace) -> None:
             tokenizer = load_tokenizer(args.tokenizer)
             add_item_tokens(tokenizer, data.item_tokens)
         if data.inters and not faults.found:
-            show_tasks(data, PromptStyle.of_flags(args), tokenizer, args.show)
+            show_tasks(data, PromptStyle.of_flags(**style_flags(args)), tokenizer, args.show)
     if faults.found:
         print(f"\n{len(faults.found):,} faults:")
         for message in faults.found[:SHOWN_FAULTS]:
@@ -190,12 +191,11 @@ def changed_since(results_file: Path, folder: Path, name: str, index_file: str) 
     checkpoint = config["arguments"].get("ckpt_path")
     if checkpoint and Path(checkpoint).is_dir() and model_fingerprint(checkpoint) != config.get("checkpoint"):
         faults.append(f"{checkpoint}: is not the model that {results_file} was made with")
-    record = Path(checkpoint or "") / RECORD
-    if checkpoint and record.is_file():
-        for kind, file in RunRecord.read(record).files.items():
+    if checkpoint and (trained := RunFolder(checkpoint).record()):
+        for kind, file in trained.files.items():
             path = folder / f"{name}{endings[kind]}" if kind in endings else Path(file["path"])
             if not path.is_file() or sha256(path) != file["sha256"]:
-                faults.append(f"{path}: is not the file that the model was trained with ({record})")
+                faults.append(f"{path}: is not the file that the model was trained with ({Path(checkpoint) / RECORD})")
     return list(dict.fromkeys(faults))
 
 

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from arguments import file_name, make_parser, text
+from arguments import make_parser
+from flag_values import file_name
 from results import check_metrics, ranks_of, read_predictions, summarise, too_long
 from utils import UserError, run_main, write_json
 
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--predictions", type=file_name, required=True, metavar="F", help="a *.predictions.jsonl of test.py"
     )
-    parser.add_argument("--metrics", type=text, default=DEFAULT_METRICS, help="comma list of hit@k, ndcg@k, mrr@k")
+    parser.add_argument("--metrics", default=DEFAULT_METRICS, help="comma list of hit@k, ndcg@k, mrr@k")
     parser.add_argument(
         "--results_file", type=file_name, metavar="F", help="also write the results there as JSON; must not exist yet"
     )

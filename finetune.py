@@ -28,19 +28,19 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
 
 import torch
 
-from arguments import add_data, add_global, add_train, comma_list, make_parser, parse_tasks
-from collator import IGNORE, TrainCollator
+from arguments import add_data, add_global, add_train, comma_list, make_parser, parse_tasks, style_flags
+from collator import TrainCollator
 from data import RecData, load_data
+from folders import check_space, disk_full_is_said
 from item_rows import WORDS
 from item_vectors import ItemSwap, read_item_vectors
 from processes import join_for_training, on_main
 from prompt_style import PromptStyle
 from provenance import notes_of
 from quiet import silence_libraries
-from regularise import add_dropout
 from resume import find_resume
 from run_folder import FINAL, LOG, PREPARED, RECORD, TENSORBOARD, RunFolder, RunRecord, model_fingerprint
-from samples import TaskValidSet, TrainSet, ValidSet
+from samples import TaskValidSet, TrainSet, ValidSet, check_lengths
 from tasks import TASKS
 from training_settings import (
     check_choices,
@@ -53,7 +53,6 @@ from training_settings import (
 from utils import UserError, is_main, regular_file, run_main, say, set_seed, sha256, versions, world_size
 
 OWN_TENSORBOARD_DIR = "TENSORBOARD_LOGGING_DIR" in os.environ  # else each run of this process gets its own below
-CHECKED = 64  # samples of each task whose length is looked at
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -62,7 +61,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for add in (add_global, add_data, add_train):
         add(parser)
     args = parser.parse_args(argv)
-    training_tasks(args)
+    _, copies, drawn = zip(*training_tasks(args), strict=True)
+    args.train_prompt_sample_num, args.train_data_sample_num = ",".join(map(str, copies)), ",".join(map(str, drawn))
     if args.fp16 and args.bf16:
         raise UserError("--fp16 and --bf16 exclude each other")
     if args.fp16 and not torch.cuda.is_available():
@@ -195,52 +195,36 @@ def training_arguments(args: argparse.Namespace) -> Any:
     return training
 
 
-def load_trainable(
-    args: argparse.Namespace, folder: Path, training: Any, item_tokens: list[str], adapter: Path | None = None
+def load_for_training(
+    args: argparse.Namespace, folder: Path, training: Any, item_tokens: list[str], adapter: Path | None
 ) -> tuple[Any, Any]:
-    """The model in float32 with the item tokens, as a whole or with an adapter (from `adapter`), and its tokenizer."""
-    from modeling import LoraShape, attach_lora, load_adapter, load_model, load_tokenizer
+    """The model that the flags ask for, with an adapter (from `adapter`) if it is one, and its tokenizer."""
+    from modeling import load_tokenizer
+    from packing import PACKED
+    from trainable import LoraShape, load_trainable
 
     tokenizer = load_tokenizer(folder, args.model_max_length)
-    more: dict[str, Any] = {}
-    if args.packing:
-        import packing
-
-        more["attn_implementation"] = packing.PACKED
-    if args.load_in_4bit or args.load_in_8bit:
-        from transformers import BitsAndBytesConfig
-
-        more["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=args.load_in_4bit,
-            load_in_8bit=args.load_in_8bit,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16 if args.bf16 else torch.float32,
-        )
-    model = load_model(folder, torch.float32, **more)
-    model.config.use_cache = False
-    if args.dropout:
-        add_dropout(model, args.dropout)
+    shape = LoraShape(
+        args.lora_r,
+        args.lora_alpha,
+        args.lora_dropout,
+        comma_list(args.lora_target_modules),
+        comma_list(args.lora_modules_to_save),
+        tokenizer.convert_tokens_to_ids(item_tokens) if args.train_new_rows_only else None,
+    )
+    model = load_trainable(
+        folder,
+        shape if args.lora else None,
+        adapter,
+        bits=4 if args.load_in_4bit else 8 if args.load_in_8bit else None,
+        compute_dtype=torch.bfloat16 if args.bf16 else torch.float32,
+        attention=PACKED if args.packing else None,
+        dropout=args.dropout,
+        gradient_checkpointing=args.gradient_checkpointing,
+        zero3_bf16=args.bf16 and bool(args.deepspeed) and training.hf_deepspeed_config.is_zero3(),
+    )
     if args.lora:
-        if args.load_in_4bit or args.load_in_8bit:
-            from peft import prepare_model_for_kbit_training
-
-            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
-        elif args.gradient_checkpointing:
-            model.enable_input_require_grads()
-        zero3 = bool(args.deepspeed) and training.hf_deepspeed_config.is_zero3()
-        shape = LoraShape(
-            args.lora_r,
-            args.lora_alpha,
-            args.lora_dropout,
-            comma_list(args.lora_target_modules),
-            comma_list(args.lora_modules_to_save),
-            tokenizer.convert_tokens_to_ids(item_tokens) if args.train_new_rows_only else None,
-        )
-        model = attach_lora(model, shape, zero3_bf16=zero3 and args.bf16)
         model.peft_config["default"].base_model_name_or_path = args.base_model  # what test.py --lora is given
-        if adapter is not None:
-            load_adapter(model, adapter)
     return model, tokenizer
 
 
@@ -289,17 +273,17 @@ def prepare(args: argparse.Namespace, trainer_of: Callable[[Run], Any] | None = 
         UserError: whatever is wrong with files or flags, before anything expensive begins.
     """
     silence_libraries()
-    from modeling import parameter_report
+    from trainable import parameter_report
 
     join_for_training(bool(args.deepspeed))
     set_seed(args.seed)
-    folder, style = RunFolder(args.output_dir), PromptStyle.of_flags(args)
+    folder, style = RunFolder(args.output_dir), PromptStyle.of_flags(**style_flags(args))
     data, train_set, valid_set = load_datasets(args, style)
     say("training samples: " + ", ".join(f"{name} {n:,}" for name, n in train_set.counts().items()))
     facts = describe_run(args, data, train_set, valid_set)
     checkpoint, adapter = on_main(lambda: begin(args, folder, facts, data))
     training = training_arguments(args)
-    model, tokenizer = load_trainable(args, folder / PREPARED, training, data.item_tokens, adapter)
+    model, tokenizer = load_for_training(args, folder / PREPARED, training, data.item_tokens, adapter)
     check_optimizer(training, model)
     say(parameter_report(model, len(data.item_tokens)))
     sample = train_set[0]
@@ -318,7 +302,6 @@ def begin(
 ) -> tuple[Path | None, Path | None]:
     """On the main process: clear up, find where to go on (`find_resume`), and write the base model with the item tokens."""
     from modeling import prepare_base
-    from training import disk_full_is_said
 
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.refuse_base_model(args.base_model)
@@ -326,8 +309,8 @@ def begin(
     checkpoint, adapter = find_resume(args.resume_from_checkpoint, args.lora, folder.path)
     if checkpoint is None:
         folder.refuse_if_taken(args.overwrite_output_dir)
-    if checkpoint is not None and (checkpoint.parent / RECORD).is_file():
-        RunRecord.read(checkpoint.parent / RECORD).check_same(facts, checkpoint.parent / RECORD)
+    if checkpoint is not None and (before := RunFolder(checkpoint.parent).record()):
+        before.check_same(facts, checkpoint.parent / RECORD)
     with disk_full_is_said(folder / PREPARED, "the base model with the item tokens"):
         prepare_base(
             args.base_model,
@@ -346,7 +329,9 @@ def make_trainer(run: Run) -> Any:
     """The trainer, its collator and its log."""
     from transformers import PrinterCallback, ProgressCallback
 
-    from training import Bar, Epochs, Ranking, RecTrainer, Replacing, RunLog, check_space, checkpoint_bytes
+    from callbacks import Bar, Epochs, Replacing, RunLog
+    from training import RecTrainer, checkpoint_bytes, code_weights
+    from valid_ranking import Ranking
 
     check_space(run.folder.path, 2 * checkpoint_bytes(run.model), "a checkpoint and the final model need")
     args, tasks = run.args, list(dict.fromkeys([*run.train_set.names, "seqrec"]))
@@ -363,7 +348,7 @@ def make_trainer(run: Run) -> Any:
     collator = TrainCollator(
         run.tokenizer, args.model_max_length, args.only_train_response, args.packing, tasks, args.no_eos
     )
-    check_lengths(run, collator)
+    check_lengths(run.train_set, run.valid_set, collator)
     trainer = RecTrainer(
         model=run.model,
         args=run.training,
@@ -371,6 +356,7 @@ def make_trainer(run: Run) -> Any:
         task_set=task_samples(run),
         ranking=ranking,
         loss_average=args.loss_average,
+        weights=code_weights(run.data.indices, run.tokenizer, args.last_code_weight),
         train_dataset=run.train_set,
         eval_dataset=run.valid_set,
         data_collator=collator,
@@ -388,32 +374,6 @@ def make_trainer(run: Run) -> Any:
     if sys.stderr.isatty():
         trainer.add_callback(Bar)
     return trainer
-
-
-def check_lengths(run: Run, collator: TrainCollator) -> None:
-    """Look at some samples of each task, and of the validation, for responses that `--model_max_length` cuts off.
-
-    Raises:
-        UserError: a task would train, or the validation be measured, without any label.
-    """
-    parts, begin = {}, 0
-    for name, count in run.train_set.counts().items():
-        parts[name] = [run.train_set[begin + i] for i in range(0, count, max(1, count // CHECKED))]
-        begin += count
-    parts["validation"] = [
-        run.valid_set[i] for i in range(0, len(run.valid_set), max(1, len(run.valid_set) // CHECKED))
-    ]
-    short = {}
-    for name, samples in parts.items():
-        labels = [collator([sample])["labels"][:, 1:] for sample in samples]
-        short[name] = sum(not bool((row != IGNORE).any()) for row in labels)
-        if samples and short[name] == len(samples):
-            raise UserError(
-                f"--model_max_length {run.args.model_max_length} cuts {name} before the response begins in each of "
-                f"{len(samples)} samples looked at: nothing would be learned from them; allow more tokens"
-            )
-    if cut := ", ".join(f"{n} of {len(parts[name])} of {name}" for name, n in short.items() if n):
-        say(f"note: --model_max_length leaves no label in {cut} (samples looked at); they train nothing")
 
 
 def task_samples(run: Run) -> TaskValidSet | None:
@@ -441,7 +401,6 @@ def save_final(run: Run) -> None:
 def write_final(run: Run, model: Any, state: dict[str, torch.Tensor] | None) -> None:
     """On the main process: write the weights `state`, then put all in place."""
     from modeling import save_model
-    from training import disk_full_is_said
 
     assert state is not None  # the others have none
     for name, parameter in model.named_parameters():

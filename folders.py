@@ -18,7 +18,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from utils import UserError, read_json, write_json
+from utils import UserError, missing_folders, read_json, write_json
 
 WRITTEN = ".written.json"
 LOADERS = ("config.json", "adapter_config.json")  # without one of them nothing loads a folder
@@ -40,7 +40,7 @@ def new_folder(target: str | Path, overwrite: bool = False, reads: Iterable[Path
     target = _real(target)
     _refuse_inputs(target, reads)
     _refuse_existing(target, overwrite)
-    partial, old = _beside(target, "partial"), _beside(target, "old")
+    partial, old = partial_of(target), _beside(target, "old")
     with locked(target):
         _recover(target, old)
         _refuse_existing(target, overwrite)
@@ -48,7 +48,8 @@ def new_folder(target: str | Path, overwrite: bool = False, reads: Iterable[Path
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             yield partial
-            _finish(partial)
+            write_json(partial / WRITTEN, {"files": _files(partial)})
+            to_disk(partial)
             if target.exists():
                 target.rename(old)
             partial.rename(target)
@@ -63,13 +64,14 @@ def new_folder(target: str | Path, overwrite: bool = False, reads: Iterable[Path
 def locked(target: str | Path) -> Iterator[None]:
     """Hold `target`, which need not exist, for this process; the lock goes with the process, however it ends.
 
-    The lock is on the file `.<target>.lock` beside it, which is gone afterwards.
+    The lock is on the file `.<target>.lock` beside it, which is gone afterwards, and so are folders that it needed.
 
     Raises:
         UserError: another process holds it, or the place cannot be written.
     """
     target = _real(target)
     path, busy = _beside(target, "lock"), UserError(f"{target}: another process is writing it now; wait for it")
+    made = missing_folders(path.parent)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -90,6 +92,55 @@ def locked(target: str | Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
     finally:
         os.close(handle)
+        with contextlib.suppress(OSError):  # not empty
+            for folder in made:
+                folder.rmdir()
+
+
+def partial_of(target: Path) -> Path:
+    """The name that the folder `target` has while it is written."""
+    return _beside(target, "partial")
+
+
+def to_disk(folder: Path) -> None:
+    """Give all files in `folder` the usual rights (safetensors makes its own private), and bring them to the disk."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Refuse to write `needed` bytes where they do not fit.
+
+    Raises:
+        UserError: before anything was written or removed.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed * 1.05:
+        raise UserError(
+            f"{folder}: the disk is too full: {what} about {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
+            "nothing was removed or overwritten. Make room and go on with --resume_from_checkpoint auto"
+        )
+
+
+@contextlib.contextmanager
+def disk_full_is_said(folder: Path, what: str = "the checkpoint") -> Iterator[None]:
+    """Turn a write of `what` to `folder` that failed for want of space into one line; the half written goes, older files stay."""
+    try:
+        yield
+    except Exception as error:  # OSError, torch's RuntimeError, or safetensors' own, which is neither
+        full = "No space left on device" in str(error) or shutil.disk_usage(folder.parent).free < 2**20
+        shutil.rmtree(folder, ignore_errors=True)
+        if not full:
+            raise
+        raise UserError(
+            f"{folder.parent}: the disk is full; {what} was not written, what was there before is untouched. "
+            "Make room and go on with --resume_from_checkpoint auto"
+        ) from error
 
 
 def written(folder: Path) -> list[str] | None:
@@ -105,7 +156,7 @@ def written(folder: Path) -> list[str] | None:
     names = content.get("files") if isinstance(content, dict) else None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{path}: not a record of files")
-    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
+    if any(Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).parts for name in names):
         raise UserError(f"{path}: lists a file outside of its folder")
     return names
 
@@ -114,7 +165,8 @@ def remove_written(folder: Path) -> None:
     """Remove the files on the folder's record, the settings first, then the record and every folder that is left empty."""
     names = written(folder) or []
     for name in sorted(names, key=lambda name: name not in LOADERS):
-        (folder / name).unlink(missing_ok=True)
+        if (folder / name).parent.resolve().is_relative_to(folder.resolve()):  # no link leads out
+            (folder / name).unlink(missing_ok=True)
     (folder / WRITTEN).unlink(missing_ok=True)
     for parent, _, _ in os.walk(folder, topdown=False):
         with contextlib.suppress(OSError):  # not empty
@@ -132,7 +184,10 @@ def what_failed(error: Exception, *places: Path) -> str:
 def _real(target: str | Path) -> Path:
     """The folder itself where `target` is a link to one: it is replaced, not the link."""
     target = Path(target)
-    return target.resolve() if target.is_symlink() else target
+    try:
+        return target.resolve() if target.is_symlink() else target
+    except RuntimeError:
+        raise UserError(f"{target}: cannot be read (a link to itself)") from None
 
 
 def _beside(target: Path, ending: str) -> Path:
@@ -141,20 +196,10 @@ def _beside(target: Path, ending: str) -> Path:
 
 
 def _files(folder: Path) -> list[str]:
-    """The paths below `folder` of all that is no folder, sorted; not the record itself."""
-    found = (Path(parent) / name for parent, _, files in os.walk(folder) for name in files)
+    """The paths below `folder` of all that is no folder, sorted; not the record itself. A link to a folder is a file."""
+    found = (Path(parent) / name for parent, folders, files in os.walk(folder) for name in (*folders, *files))
+    found = (path for path in found if path.is_symlink() or not path.is_dir())
     return sorted({path.relative_to(folder).as_posix() for path in found} - {WRITTEN})
-
-
-def _finish(partial: Path) -> None:
-    """Write the record, give all files the usual rights (safetensors makes its own private), bring them to the disk."""
-    write_json(partial / WRITTEN, {"files": _files(partial)})
-    umask = os.umask(0)
-    os.umask(umask)
-    for name in (*_files(partial), WRITTEN):
-        (partial / name).chmod(0o666 & ~umask)
-        with open(partial / name, "rb") as file:
-            os.fsync(file.fileno())
 
 
 def _refuse_inputs(target: Path, reads: Iterable[Path]) -> None:

@@ -1,4 +1,4 @@
-"""Load a base model or a checkpoint, add the item tokens, attach LoRA, save: any causal LM of transformers.
+"""Load a base model or a checkpoint, add the item tokens, save: any causal LM of transformers.
 
 The vocabulary grows before any ZeRO-3 context exists: `prepare_base` does it once, on the CPU, and writes a folder from which
 every process then loads its part.
@@ -10,7 +10,6 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,10 @@ from convert.folder import find_model
 from convert.hub import local_or_hub
 from data import RecData
 from item_rows import start_rows
-from reading import ADAPTER, adapter_weights, fill_adapter, load_model
+from reading import ADAPTER, load_model
 from tokenising import add_item_tokens, cut_as_in_2023, is_llamas, item_token_ids, load_tokenizer
 from trie import ItemTrie
-from utils import UserError, first_line, is_main, read_json, say
+from utils import UserError, is_main, read_json, say
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -111,114 +110,22 @@ def prepare_base(
         from packing import check_packing
 
         check_packing(model)
+    shutil.rmtree(target, ignore_errors=True)  # of a run that was killed; each run makes its own
     save_model(model, tokenizer, target)
-
-
-@dataclass(frozen=True)
-class LoraShape:
-    """What a LoRA adapter is made of.
-
-    Args:
-        r, alpha, dropout: rank, scale (alpha / r), dropout before the adapter.
-        target_modules: names of the modules that get an adapter.
-        modules_to_save: names of the modules that train whole.
-        new_rows: train these rows of embeddings and head alone, and `modules_to_save` not at all.
-    """
-
-    r: int
-    alpha: int
-    dropout: float
-    target_modules: list[str]
-    modules_to_save: list[str]
-    new_rows: list[int] | None = None
-
-
-def attach_lora(model: PreTrainedModel, shape: LoraShape, zero3_bf16: bool = False) -> Any:
-    """`model` with a LoRA adapter (bias none)."""
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    parts = {part for name, _ in model.named_modules() for part in name.split(".")}
-    if unknown := [name for name in shape.modules_to_save if name.split(".")[-1] not in parts]:
-        raise UserError(f"--lora_modules_to_save {unknown[0]}: the model has no such module")
-    tied = model.config.get_text_config().tie_word_embeddings
-    new_rows = shape.new_rows
-    whole = list(shape.modules_to_save) if new_rows is None else []
-    if tied:  # the head is the embedding: train it once
-        whole = [name for name in whole if name != "lm_head"]
-    rows = None
-    if new_rows is not None:
-        modules = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
-        ends = [model.get_input_embeddings()] + ([] if tied else [model.get_output_embeddings()])
-        rows = {modules[id(module)]: new_rows for module in ends}
-    config = LoraConfig(
-        r=shape.r,
-        lora_alpha=shape.alpha,
-        lora_dropout=shape.dropout,
-        target_modules=shape.target_modules,
-        modules_to_save=whole or None,
-        trainable_token_indices=rows,
-        bias="none",
-        task_type=TaskType.CAUSAL_LM,
-        ensure_weight_tying=bool(tied and (whole or rows)),
-    )
-    try:
-        return get_peft_model(model, config, autocast_adapter_dtype=not zero3_bf16)
-    except ValueError as error:
-        raise UserError(f"--lora_target_modules / --lora_modules_to_save: {first_line(error)}") from error
-
-
-def load_adapter(model: Any, path: str | Path) -> None:
-    """Give a PEFT model the weights of an adapter of the same shape (`adapter_model.safetensors`, or the older `.bin`).
-
-    Every process must call this; partitions of ZeRO-3 are gathered.
-
-    Raises:
-        UserError: there is no adapter, or it has other parts or shapes.
-    """
-    weights = adapter_weights(path)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with _gathered(*trained, writes=True):
-        if is_main() or not any(hasattr(parameter, "ds_id") for parameter in trained):
-            fill_adapter(model, weights, path)
-
-
-def parameter_report(model: Any, n_new: int) -> str:
-    """How many parameters train, and whether the rows of the item tokens do. Works on ZeRO-3's partitions too."""
-
-    def size(parameter: torch.nn.Parameter) -> int:
-        return getattr(parameter, "ds_numel", parameter.numel())
-
-    parameters = list(model.parameters())
-    trained = sum(size(p) for p in parameters if p.requires_grad)
-    total = sum(size(p) for p in parameters)
-    rows = [
-        name
-        for name, module in (("embeddings", model.get_input_embeddings()), ("head", model.get_output_embeddings()))
-        if any(p.requires_grad for p in module.parameters())
-    ]
-    where = " and ".join(rows)
-    return f"{trained:,} of {total:,} parameters train ({trained / total:.1%}); " + (
-        f"the {n_new} item-token rows train, in {where}" if rows else f"the {n_new} item-token rows do NOT train"
-    )
 
 
 def save_model(
     model: PreTrainedModel, tokenizer: Any, folder: Path, state: dict[str, torch.Tensor] | None = None
 ) -> None:
-    """Write model and tokenizer as a Hugging Face folder (safetensors); a half-written one never has the final name.
+    """Write model and tokenizer as a Hugging Face folder (safetensors).
 
     Args:
         state: the weights, if the model holds them in partitions.
     """
-    temporary = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
     # generate() would take sampling settings of the base model for its own; decoding here is beam search
     model.generation_config = type(model.generation_config).from_model_config(model.config)
-    model.save_pretrained(temporary, state_dict=state)
-    tokenizer.save_pretrained(temporary)
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.rename(folder)
+    model.save_pretrained(folder, state_dict=state)
+    tokenizer.save_pretrained(folder)
 
 
 def find_checkpoint(ckpt_path: str, lora: bool = False) -> str:
@@ -289,8 +196,10 @@ def load_for_test(
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     tokenizer = load_tokenizer(ckpt_path)
     if not lora:
-        return load_model(ckpt_path, dtype).to(device).eval(), tokenizer
-
+        model = load_model(ckpt_path, dtype)
+        if len(tokenizer) > (rows := model.get_input_embeddings().weight.shape[0]):
+            raise UserError(f"{ckpt_path}: the tokenizer has {len(tokenizer)} tokens, the model {rows} rows for them")
+        return model.to(device).eval(), tokenizer
     if base_model is None:
         raise UserError(f"{ckpt_path}: is an adapter; give its base with --base_model")
     return load_adapter_model(ckpt_path, base_model, tokenizer, dtype).to(device).eval(), tokenizer
@@ -323,13 +232,13 @@ def full_state(model: Any, only_trained: bool = False) -> dict[str, torch.Tensor
             continue
         if name not in persistent or (name in tied and model.config.get_text_config().tie_word_embeddings):
             continue
-        with _gathered(tensor):
+        with gathered(tensor):
             if is_main():
                 state[name] = tensor.detach().to("cpu", copy=True)
     return state if is_main() else None
 
 
-def _gathered(*tensors: torch.Tensor, writes: bool = False) -> contextlib.AbstractContextManager:
+def gathered(*tensors: torch.Tensor, writes: bool = False) -> contextlib.AbstractContextManager:
     """Whole tensors within the block where ZeRO-3 partitions them; with `writes` the main process's changes are kept."""
     partitioned = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
     if not partitioned:

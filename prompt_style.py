@@ -11,14 +11,14 @@ A released checkpoint has neither; then the flags say all, as in the original.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from data import RecData, check_index
 from prompt import Prompts, checked_prompts, load_prompts
 from tasks import HistoryFormat
-from utils import UserError, read_json, say, write_json
+from utils import UserError, is_plain_name, read_json, say, write_json
 
 STYLE, ITEMS = "prompt_style.json", "item_index.json"
 
@@ -33,10 +33,11 @@ class PromptStyle:
     dataset: str = ""
 
     @classmethod
-    def of_flags(cls, args: Any) -> PromptStyle:
-        """The style that the flags of `arguments.PROMPT` describe."""
-        form = HistoryFormat(args.max_his_len, args.add_prefix, args.his_sep)
-        return cls(load_prompts(args.prompt_file), form, args.no_eos, args.dataset)
+    def of_flags(
+        cls, max_his_len: int, add_prefix: bool, his_sep: str, no_eos: bool, prompt_file: str | None, dataset: str
+    ) -> PromptStyle:
+        """The style that the values of `arguments.style_flags` describe."""
+        return cls(load_prompts(prompt_file), HistoryFormat(max_his_len, add_prefix, his_sep), no_eos, dataset)
 
     def save(self, folder: Path, data: RecData) -> None:
         """Write both files to `folder`."""
@@ -65,42 +66,40 @@ def saved_style(folder: Path) -> PromptStyle | None:
             raise UserError(f"{path}: {key!r} must be of the type {kind.__name__}")
     if content["max_his_len"] < -1:
         raise UserError(f"{path}: 'max_his_len' is {str(content['max_his_len'])[:40]}; it must be -1 or more")
-    if Path(content["dataset"]).name != content["dataset"]:
+    if content["dataset"] and not is_plain_name(content["dataset"]):
         raise UserError(f"{path}: 'dataset' must be the name of a folder")
     prompts = checked_prompts(str(path), content.get("sft_prompt"), content.get("all_prompt"))
     form = HistoryFormat(content["max_his_len"], content["add_prefix"], content["his_sep"])
     return PromptStyle(prompts, form, content["no_eos"], content["dataset"])
 
 
-def choose_style(folder: Path, args: Any, given: frozenset[str]) -> PromptStyle:
-    """The model's own style, with what the user gave on the command line instead; `args` is brought up to date.
+def choose_style(folder: Path, flags: dict[str, Any], given: frozenset[str]) -> tuple[PromptStyle, dict[str, Any]]:
+    """The model's own style, with what the user gave on the command line instead; and `flags`, brought up to date.
 
     Args:
         folder: the checkpoint's.
-        args: has the flags of `arguments.PROMPT`, and `dataset`, which the model names too.
+        flags: `arguments.style_flags`.
         given: those of them that the user gave (`arguments.parse_given`).
     """
     own = saved_style(folder)
     if own is None:
         say(f"note: {folder} does not say how it wants to be asked; using the flags")
-        return PromptStyle.of_flags(args)
-    if "dataset" not in given and own.dataset not in ("", args.dataset):
+        return PromptStyle.of_flags(**flags), flags
+    chosen = dict(flags)
+    if "dataset" not in given and own.dataset not in ("", flags["dataset"]):
         say(f"note: --dataset {own.dataset}, as {folder / STYLE} says")
-        args.dataset = own.dataset
-    saved = {**vars(own.form), "no_eos": own.no_eos}
-    for flag, value in saved.items():
+        chosen["dataset"] = own.dataset
+    for flag, value in {**vars(own.form), "no_eos": own.no_eos}.items():
         if flag not in given:
-            setattr(args, flag, value)
-        elif getattr(args, flag) != value:
-            say(f"note: --{flag} {getattr(args, flag)!r} instead of {value!r}, which {folder / STYLE} says")
-    prompts = own.prompts
-    if "prompt_file" in given:
-        prompts = load_prompts(args.prompt_file)
-        if prompts != own.prompts:
-            say(f"note: --prompt_file {args.prompt_file} instead of the templates in {folder / STYLE}")
-    return PromptStyle(
-        prompts, HistoryFormat(args.max_his_len, args.add_prefix, args.his_sep), args.no_eos, own.dataset
-    )
+            chosen[flag] = value
+        elif flags[flag] != value:
+            say(f"note: --{flag} {flags[flag]!r} instead of {value!r}, which {folder / STYLE} says")
+    style = PromptStyle.of_flags(**{**chosen, "dataset": own.dataset})
+    if "prompt_file" not in given:
+        style = replace(style, prompts=own.prompts)
+    elif style.prompts != own.prompts:
+        say(f"note: --prompt_file {flags['prompt_file']} instead of the templates in {folder / STYLE}")
+    return style, chosen
 
 
 def saved_items(folder: Path) -> RecData | None:

@@ -19,8 +19,24 @@ from utils import UserError, read_json, sha256, versions, write_json
 
 
 def record_path(data_path: str | Path, dataset: str) -> Path:
-    """The record of a dataset."""
-    return Path(data_path) / dataset / f"{dataset}.provenance.json"
+    """The record of a dataset. Raises UserError if what has its name is none: before the work, not after it."""
+    return record_in(Path(data_path) / dataset, dataset)
+
+
+def record_in(folder: Path, dataset: str) -> Path:
+    """`record_path` for a dataset whose files are in `folder`."""
+    path = folder / f"{dataset}.provenance.json"
+    if path.exists():
+        read_provenance(path)
+    return path
+
+
+def refuse_input(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Raise a UserError if one of `outputs` is one of `inputs`: it would be lost."""
+    there = [path for path in outputs if path.exists()]
+    for file in inputs:
+        if any(path.samefile(file) for path in there if file.exists()):
+            raise UserError(f"{file}: is read, and would be overwritten; name another file to write")
 
 
 def note_made(

@@ -7,6 +7,9 @@ a `UserError` that names the file.
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,23 @@ from utils import UserError, first_line, read_json, regular_file
 
 # what checkpoints of older libraries store besides their weights
 BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
-JSON_FILES = ("*config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json", "*.index.json")
+JSON_FILES = (
+    *(f"{kind}config.json" for kind in ("", "generation_", "tokenizer_", "adapter_", "processor_", "preprocessor_")),
+    *("special_tokens_map.json", "added_tokens.json", "tokenizer.json", "*.index.json"),
+)
 READ = ("*.json", "*.safetensors", "*.bin", "*.model", "*.gguf", "*.txt", "*.jinja")
 ADAPTER = "adapter_config.json"
+
+
+@contextlib.contextmanager
+def faults_said(path: str | Path, what: str) -> Iterator[None]:
+    """Whatever goes wrong within the block, as files can be wrong in any way, is a `UserError`: no `what` can be loaded."""
+    try:
+        yield
+    except (UserError, MemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # noqa: BLE001  (a panic of the libraries in Rust is no Exception)
+        raise UserError(f"{path}: no {what} can be loaded ({first_line(error)})") from error
 
 
 # ---- folders of models ----
@@ -35,7 +52,7 @@ def check_model_folder(path: str | Path) -> None:
     folder = Path(path)
     if not folder.is_dir():
         return
-    for file in sorted({file for pattern in READ for file in folder.glob(pattern)}):
+    for file in sorted({file for pattern in (*READ, "additional_chat_templates/*") for file in folder.glob(pattern)}):
         regular_file(file)
     for file in sorted({file for pattern in JSON_FILES for file in folder.glob(pattern)}):
         content = read_json(file)
@@ -77,37 +94,52 @@ def model_config(path: str | Path) -> Any:
     check_model_folder(path)
     if Path(path).is_dir():
         regular_file(Path(path) / "config.json")
-    try:
+    with faults_said(path, "configuration"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        layers = config.get_text_config().num_hidden_layers
-    except Exception as error:  # noqa: BLE001  (a configuration can be wrong in any way)
-        raise UserError(f"{path}: no configuration can be loaded ({first_line(error)})") from None
+        layers = int(getattr(config.get_text_config(), "num_hidden_layers", 0))
+        _refuse_kernels(path, config)
     names = _tensor_names(Path(path))
     if names and layers > len(names):  # building so many would take for ever
         raise UserError(f"{path}: config.json has {layers} layers, but the weights are {len(names)} tensors in all")
     return config
 
 
+def _refuse_kernels(path: str | Path, config: Any) -> None:
+    """A kernel of the hub, `owner/name`, is code."""
+    for kind in ("attn", "experts"):
+        name = str(getattr(config, f"_{kind}_implementation", ""))
+        if "/" in name:
+            raise UserError(f"{path}: config.json asks for {name} from the hub, which is code and is not run")
+
+
 # ---- models ----
 
 
-def load_model(path: str | Path, dtype: torch.dtype | None = None, **more: Any) -> PreTrainedModel:
+def load_model(
+    path: str | Path, dtype: torch.dtype | None = None, model_class: Any = AutoModelForCausalLM, **more: Any
+) -> PreTrainedModel:
     """A causal LM of a folder or hub id in `dtype` (default: the checkpoint's); no code of the checkpoint is run.
+
+    Args:
+        model_class: of transformers; with another one than a causal LM's the checkpoint may have parts that it has not (a
+            head), and lack a pooler.
 
     Raises:
         UserError: there is no model that loads, or its weights are not those of its configuration.
     """
-    model_config(path)
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+    config = model_config(path)
+    if (Path(path) / ADAPTER).exists():  # transformers would apply it in passing
+        raise UserError(f"{path}: holds a model and an adapter ({ADAPTER}); give each a folder of its own")
+    if getattr(config, "quantization_config", None) and "quantization_config" not in more:
+        raise UserError(f"{path}: config.json quantises the weights (quantization_config); take the plain model")
+    with faults_said(path, "model"):
+        model, report = model_class.from_pretrained(
             path, dtype=dtype or "auto", trust_remote_code=False, output_loading_info=True, **more
         )
-    except MemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001  (configurations and weight files can be wrong in any way)
-        raise UserError(f"{path}: no model can be loaded ({first_line(error)})") from error
     missing, extra = sorted(report["missing_keys"]), sorted(set(map(str, report["unexpected_keys"])))
     extra = [name for name in extra if not name.endswith(BUFFERS)]
+    if model_class is not AutoModelForCausalLM:
+        missing, extra = [name for name in missing if "pooler" not in name], []
     if missing or extra:
         what = f"lack {missing[0]}" if missing else f"have {extra[0]}, which the model has not"
         raise UserError(f"{path}: the weights do not fit config.json: they {what} ({len(missing + extra)} such names)")
@@ -128,10 +160,8 @@ def adapter_weights(path: str | Path) -> dict[str, torch.Tensor]:
     files = [Path(path) / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
     file = next((file for file in files if file.exists() or file.is_symlink()), files[0])
     regular_file(file)
-    try:
+    with faults_said(file, "adapter"):
         weights = load_peft_weights(str(path), device="cpu")
-    except Exception as error:  # noqa: BLE001  (files can be wrong in any way)
-        raise UserError(f"{file}: no adapter can be loaded ({first_line(error)})") from error
     if not isinstance(weights, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
         raise UserError(f"{file}: holds other things than tensors")
     return weights
@@ -168,10 +198,9 @@ def read_array(path: str | Path) -> np.ndarray:
         UserError: it is no such file.
     """
     regular_file(path)
-    try:  # mapped: the size that the header names is compared with the file's before memory is asked for
+    with faults_said(path, "array"), warnings.catch_warnings(action="ignore"):  # of what is odd in a header
+        # mapped: the size that the header names is compared with the file's before memory is asked for
         array = np.lib.format.open_memmap(path, mode="r")
         if array.dtype.kind not in "fiu":
             raise ValueError(f"it holds {array.dtype} instead of real numbers")
         return np.array(array, dtype=np.float32)
-    except Exception as error:  # noqa: BLE001  (numpy lets errors of Python's own tokenizer through)
-        raise UserError(f"{path}: no array can be loaded ({first_line(error)})") from None

@@ -29,10 +29,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from arguments import MODEL, add_data, add_flags, add_global, make_parser, parse_given, text, whole
+from arguments import MODEL, add_data, add_flags, add_global, make_parser, parse_given, style_flags
 from collator import encode_prompts
 from data import RecData, clean_title, load_data
 from decoding import pack_linears
+from flag_values import whole
 from modeling import DTYPES, find_with_base, item_trie, load_for_test
 from processes import pick_device
 from prompt import Template
@@ -196,11 +197,13 @@ class Recommender(RequestReader):
 
     def answer(self, requests: list[Request]) -> list[dict[str, Any]]:
         """An answer to each request, all decoded together: what it echoes and `items`, best first."""
-        groups: dict[Template, list[int]] = defaultdict(list)
-        for number, request in enumerate(requests):
-            groups[self.template(request)].append(number)
+        groups: dict[tuple[Template, int], list[int]] = defaultdict(list)
+        for number, request in enumerate(requests):  # what is asked beside it must not change an answer
+            beams = max(self.num_beams, request.top_k + len(request.exclude))
+            groups[self.template(request), beams].append(number)
         answers: list[dict[str, Any]] = [{} for _ in requests]
-        for template, numbers in groups.items():
+        for (template, beams), numbers in groups.items():
+            self.scorer.num_beams = beams
             found = self._decode(template, [requests[number] for number in numbers])
             for number, answer in zip(numbers, found, strict=True):
                 answers[number] = answer
@@ -213,8 +216,6 @@ class Recommender(RequestReader):
             other = self.prompts.prompt(template, dict.fromkeys(template.slots, "-"))
             self.scorer.share([ids[0], *encode_prompts(self.scorer.tokenizer, [other])])
             self.shared = template
-        needed = max(request.top_k + len(request.exclude) for request in requests)
-        self.scorer.num_beams = max(self.num_beams, needed)
         return [
             self._told(request, items, scores)
             for request, items, scores in zip(requests, *self.scorer.decode(ids), strict=True)
@@ -248,12 +249,10 @@ def parse_command(argv: list[str] | None) -> tuple[argparse.Namespace, frozenset
     model.add_argument("--num_beams", type=whole(1), default=20, help="beams; more where a list needs them")
     model.add_argument("--prompt_id", type=whole(0), help="template number; by default the first that fits")
     ask = parser.add_argument_group("what is asked")
-    ask.add_argument("--users", type=text, metavar="ID,ID,…", help="users of the dataset by commas, or all")
-    ask.add_argument(
-        "--history", type=text, nargs="+", action="append", metavar="ITEM", help="ids or titles, oldest first"
-    )
-    ask.add_argument("--query", type=text, action="append", metavar="TEXT", help="a search text")
-    ask.add_argument("--requests", type=text, metavar="F", help="JSON lines from a file, or - for stdin")
+    ask.add_argument("--users", metavar="ID,ID,…", help="users of the dataset by commas, or all")
+    ask.add_argument("--history", nargs="+", action="append", metavar="ITEM", help="ids or titles, oldest first")
+    ask.add_argument("--query", action="append", metavar="TEXT", help="a search text")
+    ask.add_argument("--requests", metavar="F", help="JSON lines from a file, or - for stdin")
     ask.add_argument("--top_k", type=whole(1), default=10, help="items in an answer")
     ask.add_argument("--exclude_history", action="store_true", help="never name items of the history")
     ask.add_argument("--batch_size", type=whole(1), default=16, help="requests decoded together (stdin: one by one)")
@@ -349,7 +348,8 @@ def main(argv: list[str] | None = None) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers alone
         found, args.lora, args.base_model = find_with_base(args.ckpt_path, args.lora, args.base_model, given)
         folder = Path(found)
-        style = choose_style(folder, args, given)
+        style, chosen = choose_style(folder, style_flags(args), given)
+        vars(args).update(chosen)
         data = items_to_recommend(args, folder)
         reader = RequestReader(data)
         requests = [reader.request(content, args.top_k, args.exclude_history) for content in asked(args, data)]

@@ -23,9 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
-from arguments import DATASET, add_dataset, file_name, make_parser, text
+from arguments import DATASET, add_dataset, make_parser
 from data import RecData, load_data
 from evaluate import check_metrics, too_long
+from flag_values import file_name
 from metrics.ranking import METRICS, parse_metrics
 from report_page import MARK, page
 from results import read_results
@@ -133,8 +134,10 @@ def recorded(path: Path | None, dataset: str) -> tuple[dict[str, dict[str, float
     for entry in entries:
         try:
             label, metrics = f"{entry['model']} (recorded)", {k: float(v) for k, v in entry["metrics"].items()}
+            if not all(map(math.isfinite, metrics.values())):
+                raise ValueError("not finite")
             note += f" {label}: not run here; {entry['source']}: `{entry['command']}`."
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             raise UserError(
                 f"{path}: {dataset!r} has an entry without texts 'model', 'source', 'command' and numbers 'metrics'"
             ) from None
@@ -175,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--table_file", type=file_name, help="where the table goes (*.md); default: <first stem>.table.md beside it"
     )
-    parser.add_argument("--metrics", type=text, default=METRIC_NAMES, help="hit@k and ndcg@k, by commas")
+    parser.add_argument("--metrics", default=METRIC_NAMES, help="hit@k and ndcg@k, by commas")
     parser.add_argument(
         "--references", type=file_name, metavar="F", help="recorded rows, such as benchmarks/references.json"
     )
@@ -223,10 +226,12 @@ def page_file(table_file: Path) -> Path:
     """Where the page goes: beside the table.
 
     Raises:
-        UserError: the table's name does not end in `.md`, or a page of other origin is in the way.
+        UserError: the table's name does not end in `.md`, or a table or page of other origin is in the way.
     """
     if table_file.suffix != ".md":
         raise UserError(f"--table_file {table_file}: the name must end in .md")
+    if os.path.lexists(table_file) and not regular_file(table_file).read_bytes().startswith(b"| model |"):
+        raise UserError(f"{table_file}: exists and is no table of this script; choose another --table_file")
     path = table_file.with_name(table_file.name.removesuffix(".md").removesuffix(".table") + ".html")
     if os.path.lexists(path) and MARK.encode() not in regular_file(path).read_bytes()[:4096]:
         raise UserError(f"{path}: exists and is no page of this script; choose another --table_file")

@@ -20,8 +20,9 @@ import numpy as np
 from data import RecData
 from index.figures import level_usage
 from metrics.ranking import METRICS
-from run_folder import log_history, run_settings
+from run_folder import RunFolder, log_history
 from scored_runs import Scored
+from utils import UserError
 
 Compared = tuple[str, np.ndarray, str]  # name, ranks (…, users), line style
 MARK = '<meta name="generator" content="LC-Rec report.py">'
@@ -233,10 +234,13 @@ def settings_part(runs: list[Scored]) -> str:
     parts = ["<h2>Settings</h2>"]
     for run in runs:
         found = {f"test: {run.path}": run.config}
-        if run.checkpoint and (trained := run_settings(run.checkpoint)):
-            found[f"training: {run.checkpoint}"] = trained
+        if run.checkpoint and (trained := RunFolder(run.checkpoint).record(insist=False)):
+            found[f"training: {run.checkpoint}"] = vars(trained)
         for name, settings in found.items():
-            text = html.escape(json.dumps(settings, indent=2, ensure_ascii=False))
+            try:
+                text = html.escape(json.dumps(settings, indent=2, ensure_ascii=False))
+            except RecursionError:
+                raise UserError(f"{name}: nested too deep") from None
             parts.append(f"<details><summary>{html.escape(name)}</summary><pre>{text}</pre></details>")
     return "".join(parts)
 

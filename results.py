@@ -133,13 +133,26 @@ def read_predictions(path: str | Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def read_results(path: Path) -> dict[str, Any]:
-    """The content of a results file, with its `config`. Raises UserError if test.py did not write it."""
+def read_results(path: Path, insist: bool = True) -> dict[str, Any]:
+    """The content of a results file, with its `config`.
+
+    Args:
+        insist: `config` must have the arguments; else it is {} where it is no object.
+
+    Raises:
+        UserError: test.py did not write it.
+    """
     content = read_json(path)
     config = content.get("config") if isinstance(content, dict) else None
-    if not isinstance(config, dict) or not isinstance(config.get("arguments"), dict):
+    whole = isinstance(config, dict) and isinstance(config.get("arguments"), dict)
+    if not isinstance(content, dict) or (insist and not whole):
         raise UserError(f"{path}: is not a results file of test.py")
-    return content
+    return {**content, "config": config if isinstance(config, dict) else {}}
+
+
+def predictions_of(results: Path) -> Path:
+    """Where the predictions of a results file are."""
+    return results.with_name(f"{results.stem}.predictions.jsonl")
 
 
 # ---- writing ----
@@ -175,7 +188,7 @@ class Store:
 
     def __init__(self, results_file: str, expected: Expected, config: dict[str, Any], identity: Any):
         self.results = Path(results_file)
-        self.predictions = self.results.with_name(f"{self.results.stem}.predictions.jsonl")
+        self.predictions = predictions_of(self.results)
         self.partial = self.results.with_name(f"{self.results.stem}.partial")
         self.expected, self.config, self.identity = expected, json.loads(json.dumps(config)), identity
         self.file: Any = None
@@ -235,7 +248,8 @@ class Store:
                 next(read_predictions(self.predictions), None)
         except UserError as error:
             raise UserError(f"{error}; name another --results_file") from None
-        foreign = next((path for path in self._in_partial() if not OWN_PARTS.fullmatch(path.name)), None)
+        own = [path for path in self._in_partial() if OWN_PARTS.fullmatch(path.name) and path.is_file()]
+        foreign = next((path for path in self._in_partial() if path not in own), None)
         if foreign is not None:
             raise UserError(f"{foreign}: was not written by a test; name another --results_file")
 

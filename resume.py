@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from convert.scan import check_checkpoint
-from utils import UserError, checkpoints, read_json, say
+from utils import UserError, checkpoints, first_line, read_json, say
+
+
+@contextlib.contextmanager
+def unfit_is_said(checkpoint: str | Path | None, what: str) -> Iterator[None]:
+    """Whatever goes wrong while `what` of a checkpoint takes its place in the trainer is a `UserError`."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001  (what is not of this run fails in any way)
+        raise UserError(
+            f"{checkpoint}: its {what} cannot be gone on from ({first_line(error)}); name an older checkpoint"
+        ) from None
 
 
 def find_resume(named: str | None, lora: bool, folder: Path) -> tuple[Path | None, Path | None]:
@@ -59,8 +72,9 @@ def missing_part(checkpoint: Path) -> str | None:
     """What keeps a run from going on exactly as it was, in words; None if all is there, and so is the best checkpoint's model."""
     try:
         state = read_json(checkpoint / "trainer_state.json")
-        step, best, _ = state["global_step"], state["best_global_step"], state["log_history"]
-    except (UserError, LookupError, TypeError):
+        step, best = state["global_step"], state["best_global_step"]
+        _check_state(state)
+    except (UserError, LookupError, TypeError, ValueError, AttributeError):
         return "its trainer_state.json is broken"
     if checkpoint.name.startswith("checkpoint-") and checkpoint.name != f"checkpoint-{step}":
         return f"its trainer_state.json is of step {step}"
@@ -82,6 +96,22 @@ def missing_part(checkpoint: Path) -> str | None:
     if best is not None and (missing := _missing_model(best)):
         return f"the best so far, {best.name}: {missing}"
     return None
+
+
+def _check_state(state: dict[str, Any]) -> None:
+    """Raise a ValueError, or another error, if the trainer could not go on with this `trainer_state.json`."""
+    from transformers import TrainerState
+
+    TrainerState(**state)
+    numbers = {key: state.get(key) or 0 for key in ("epoch", "total_flos", "train_batch_size", "best_metric")}
+    steps = {
+        key: state.get(key, 1) for key in ("max_steps", "num_train_epochs", "logging_steps", "eval_steps", "save_steps")
+    }
+    rows = state["log_history"]
+    if not all(type(value) in (int, float) for value in (numbers | steps).values()) or min(steps.values()) <= 0:
+        raise ValueError("no numbers")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("no log")
 
 
 def _shards(checkpoint: Path, pattern: str) -> Any:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from arguments import Role, with_role
-from folders import LOADERS, locked
-from utils import UserError, checkpoints, read_json, say, sha256, write_json
+from folders import LOADERS, locked, partial_of, to_disk
+from utils import UserError, checkpoints, is_plain_name, read_json, regular_file, say, sha256, write_json
 
 RECORD, LOG, TENSORBOARD = "run.json", "train.log", "runs"
 PREPARED, FINAL, REPLACED, DROPPED = "base_with_item_tokens", ".final", ".replaced", ".replaced.partial"
@@ -62,6 +61,8 @@ class RunRecord:
             raise UserError(f"{path}: is no record of a run of finetune.py; put the run's own back, or begin anew")
         if not all(isinstance(file, dict) and {"path", "sha256"} <= file.keys() for file in content["files"].values()):
             raise UserError(f"{path}: 'files' must have path and sha256 of each file")
+        if not all(isinstance(name, str) and is_plain_name(name) for name in content["written"]):
+            raise UserError(f"{path}: 'written' must be names of files in its folder")
         return cls(**{key: content[key] for key in kinds})
 
     def write(self, folder: Path) -> None:
@@ -129,9 +130,18 @@ class RunFolder:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
-    def record(self) -> RunRecord | None:
-        """The record of the run that lies here; None if there is none."""
-        return RunRecord.read(self / RECORD) if os.path.lexists(self / RECORD) else None
+    def record(self, insist: bool = True) -> RunRecord | None:
+        """The record of the run that lies here; None if there is none, and unless `insist` if it is broken.
+
+        Raises:
+            UserError: it is broken.
+        """
+        try:
+            return RunRecord.read(self / RECORD) if os.path.lexists(self / RECORD) else None
+        except UserError:
+            if insist:
+                raise
+            return None
 
     def refuse_base_model(self, base_model: str) -> None:
         """Raise a UserError if this is the base model's own folder."""
@@ -175,10 +185,19 @@ class RunFolder:
             except OSError as error:
                 raise UserError(f"--output_dir {self.path}: cannot be written to ({error.strerror})") from None
             try:
+                self.refuse_strange()
                 yield
             finally:
                 with contextlib.suppress(OSError):
                     self.path.rmdir()
+
+    def refuse_strange(self) -> None:
+        """Raise a UserError if a link or a pipe has the name of what a run writes, moves or removes."""
+        for path in [self / PREPARED, self / FINAL, self / REPLACED, *self.path.glob(".*.partial"), self / TENSORBOARD]:
+            if os.path.lexists(path) and (not path.is_dir() or (path.is_symlink() and path.name != TENSORBOARD)):
+                raise UserError(f"{path}: is no folder that a run makes; move it away, or choose another --output_dir")
+        if os.path.lexists(self / LOG):
+            regular_file(self / LOG)
 
     def clear_partial(self) -> None:
         """Remove what a killed process was writing; the run that it was about to replace comes back."""
@@ -192,7 +211,7 @@ class RunFolder:
         """What the run here wrote, and the models that convert.sh made of its checkpoints."""
         record = self.record()
         names = [RECORD, LOG, TENSORBOARD, *(record.written if record else [])]
-        found = [self / name for name in names if Path(name).name == name and (self / name).exists()]
+        found = [self / name for name in dict.fromkeys(names) if (self / name).exists()]
         found += [path for path in self.path.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
         return found + [p for p in self.path.glob("final-checkpoint-*") if (p / "convert_report.json").is_file()]
 
@@ -232,17 +251,30 @@ class RunFolder:
         shutil.rmtree(self / PREPARED, ignore_errors=True)
         self.restore_replaced()
 
-    # ---- the end ----
+    # ---- what the run leaves ----
+
+    def finish_checkpoint(self, step: int, best: int, limit: int) -> None:
+        """Give `checkpoint-<step>`, which lies in its `partial_of`, its name; then drop the oldest above `limit`, not `best`."""
+        final = self / f"checkpoint-{step}"
+        to_disk(partial_of(final))
+        shutil.rmtree(final, ignore_errors=True)
+        partial_of(final).rename(final)
+        kept = checkpoints(self.path)
+        spare = [path for path in kept[:-1] if path.name != f"checkpoint-{best}"]
+        for path in spare[: max(0, len(kept) - limit)]:
+            shutil.rmtree(path, ignore_errors=True)
 
     def finish(self) -> None:
-        """Give the files in `.final/` their places: configurations last, since without them nothing loads."""
+        """Give the files in `.final/` their places: configurations last, since without them nothing loads.
+
+        One by one and not as a folder: this one also holds checkpoints, and what users have put here.
+        """
         final = self / FINAL
-        mode = (self / RECORD).stat().st_mode
+        to_disk(final)
         names = sorted((path.name for path in final.iterdir()), key=lambda name: (name.endswith("config.json"), name))
         record = RunRecord.read(self / RECORD)
         RunRecord(**{**vars(record), "written": sorted({*record.written, *names})}).write(self.path)
         for name in names:
-            (final / name).chmod(mode)  # safetensors makes its files private
             (final / name).replace(self / name)
         final.rmdir()
         shutil.rmtree(self / PREPARED, ignore_errors=True)
@@ -259,19 +291,10 @@ def log_history(checkpoint: Path) -> list[dict[str, float]]:
             {
                 str(key): float(value)
                 for key, value in row.items()
-                if type(value) in (int, float) and math.isfinite(value)
+                if type(value) in (int, float) and abs(float(value)) < 1e30  # nor NaN
             }
             for row in history
         ]
     except (UserError, OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         return []
     return [row for row in rows if "step" in row]
-
-
-def run_settings(checkpoint: Path) -> dict[str, Any]:
-    """The training's `run.json`; {} if there is none that can be read."""
-    try:
-        content = read_json(checkpoint / RECORD)
-    except (UserError, OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -10,10 +10,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from collator import TrainCollator
 from data import RecData
 from prompt import Prompts, Template
 from tasks import TASKS, HistoryFormat, Sample, longest_rows, prefix_rows, window_rows
-from utils import UserError
+from utils import UserError, say
+
+CHECKED = 64  # samples of each task whose length is looked at
 
 
 def _random(*key: int) -> np.random.Generator:
@@ -193,7 +196,7 @@ class TestSet:
     def __init__(self, data: RecData, task: str, form: HistoryFormat, seed: int = 42, split: str = "test"):
         if split not in TASKS[task].splits:
             raise UserError(f"the task {task} has no {split} split")
-        self.data, self.form, self.seed = data, form, seed
+        self.data, self.task, self.form, self.seed = data, task, form, seed
         self.rows = TASKS[task].splits[split].rows(data)
         self._sample = TASKS[task].splits[split].sample
 
@@ -203,3 +206,26 @@ class TestSet:
     def __getitem__(self, number: int) -> Sample:
         number = range(len(self))[number]
         return self._sample(self.data, self.rows[number], self.form, _random(self.seed, number))
+
+
+def check_lengths(train_set: TrainSet, valid_set: ValidSet, collator: TrainCollator) -> None:
+    """Look at some samples of each task, and of the validation, for responses that the collator cuts off.
+
+    Raises:
+        UserError: a task would train, or the validation be measured, without any label.
+    """
+    parts, begin = {}, 0
+    for name, count in train_set.counts().items():
+        parts[name] = [train_set[begin + i] for i in range(0, count, max(1, count // CHECKED))]
+        begin += count
+    n_valid = len(valid_set)
+    parts["validation"] = [valid_set[i] for i in range(0, n_valid, max(1, n_valid // CHECKED))]
+    short = {name: collator.without_label(samples) for name, samples in parts.items()}
+    for name, samples in parts.items():
+        if samples and short[name] == len(samples):
+            raise UserError(
+                f"--model_max_length {collator.max_length} cuts {name} before the response begins in each of "
+                f"{len(samples)} samples looked at: nothing would be learned from them; allow more tokens"
+            )
+    if cut := ", ".join(f"{n} of {len(parts[name])} of {name}" for name, n in short.items() if n):
+        say(f"note: --model_max_length leaves no label in {cut} (samples looked at); they train nothing")

@@ -13,8 +13,8 @@ import numpy as np
 
 from data import RecData
 from metrics.ranking import rank_of
-from results import read_predictions
-from utils import UserError, read_json, sha256
+from results import predictions_of, read_predictions, read_results
+from utils import UserError, sha256
 
 SHOWN = 8  # users whose lists are kept
 
@@ -59,16 +59,12 @@ def read_run(path: Path, label: str, data: RecData, seed: int = 0) -> Scored:
     Raises:
         UserError: it is of another task than seqrec or of other data, or the lists are incomplete.
     """
-    results = read_json(path)
-    if not isinstance(results, dict):
-        raise UserError(f"{path}: is not a results file of test.py")
-    config = results.get("config")
-    config = config if isinstance(config, dict) else {}
+    config = read_results(path, insist=False)["config"]
     task = config.get("task", "seqrec")
     if task != "seqrec":
         raise UserError(f"{path}: is of the task {task}; the references are for seqrec")
     check_same_data(path, config, data)
-    predictions = path.with_name(f"{path.stem}.predictions.jsonl")
+    predictions = predictions_of(path)
     lists = _Lists(predictions, data, seed)
     for record in read_predictions(predictions):
         lists.add(record)

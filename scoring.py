@@ -24,7 +24,7 @@ from decoding import beam_search
 from metrics.ranking import means, rank_of
 from processes import on_main
 from trie import ItemTrie
-from utils import UserError, is_main, rank, say, world_size
+from utils import UserError, is_main, is_out_of_memory, rank, say, world_size
 
 # How many prompts `--test_batch_size auto` takes on the CPU, where more bring no more speed.
 CPU_BATCH = 32
@@ -129,11 +129,6 @@ class Scorer:
         half = (len(ids) + 1) // 2
         first, second = self.decode(ids[:half]), self.decode(ids[half:])
         return first[0] + second[0], first[1] + second[1]
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether `error` says that a GPU or the host has no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def check_length(model: Any, longest: int) -> None:

@@ -201,11 +201,13 @@ class Task:
         asks: the slots that an instruction may have; those of the answer are not among them, or they would betray it.
         answers: the slots that a response may have.
         splits: "train", and "valid" and "test" where the task has some. A task with "test" can be tested.
+        drawn: how many training samples are drawn unless `--train_data_sample_num` says it; 0: all.
     """
 
     asks: frozenset[str]
     answers: frozenset[str]
     splits: dict[str, Split]
+    drawn: int = 0
 
 
 _ITEMS = {"train": Split(_item_rows, _item_sample)}
@@ -229,7 +231,7 @@ TASKS: dict[str, Task] = {
     "seqrec": Task(frozenset({"inters"}), _ITEM, _SEQUENCES),
     "item2index": Task(_TEXT, _ITEM, _ITEMS),
     "index2item": Task(_ITEM, _TEXT, _ITEMS),
-    "fusionseqrec": Task(frozenset({"inters", "inter_titles"}), _ITEM | _TEXT, _SEQUENCES),
+    "fusionseqrec": Task(frozenset({"inters", "inter_titles"}), _ITEM | _TEXT, _SEQUENCES, drawn=100_000),
     "itemsearch": Task(_INTENTION, _ITEM, _SEARCHES),
     "preferenceobtain": Task(frozenset({"inters"}), frozenset({"explicit_preference"}), _PREFERENCES),
 }

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from arguments import Role, add_data, add_global, add_test, comma_list, make_parser, parse_given, with_role
+from arguments import (
+    Role,
+    add_data,
+    add_global,
+    add_test,
+    comma_list,
+    make_parser,
+    parse_given,
+    style_flags,
+    with_role,
+)
 from data import RecData, load_data
 from decoding import pack_linears
+from folders import locked
 from modeling import DTYPES, find_with_base, item_trie, load_for_test
 from processes import join_for_scoring, on_main, pick_device
 from prompt import SLOT, Prompts, Template
@@ -53,7 +64,8 @@ def test_checkpoint(description: str, argv: list[str] | None, single: bool) -> d
         lambda: find_with_base(args.ckpt_path, args.lora, args.base_model, given)
     )
     folder = Path(found)
-    style = choose_style(folder, args, given)
+    style, chosen = choose_style(folder, style_flags(args), given)
+    vars(args).update(chosen)
     data = load_data(args.data_path, args.dataset, args.index_file, TASKS[task].splits["test"].user_parts)
     check_same_items(folder, data, args.allow_other_index)
     prompt_ids = choose_prompts(style.prompts, task, args.test_prompt_ids)
@@ -66,25 +78,23 @@ def test_checkpoint(description: str, argv: list[str] | None, single: bool) -> d
     targets = {(p, n): data.canonical[samples[n].target] for p in prompt_ids for n in numbers}
     config = describe(args, data, style, task, prompt_ids, device, folder)
     store = Store(args.results_file, Expected(targets, len(data.titles), length), config, identity)
-    missing = store.open(args.restart)
-    if missing:
-        try:
-            model, tokenizer = load_for_test(folder, args.base_model, args.lora, device, DTYPES.get(args.dtype))
-            pack_linears(model)
-            trie = item_trie(tokenizer, data, style.no_eos)
-            scorer = Scorer(model, tokenizer, trie, args.num_beams, args.test_batch_size)
-            progress = Progress(len(missing), args.metrics)
-            for prompt in prompt_ids:
-                template = style.prompts.of(task)[prompt]
-                texts = [style.prompts.prompt(template, samples[number].slots) for number in numbers]
-                for records in score_prompt(scorer, prompt, texts, data, samples, numbers, missing):
-                    store.append(records)
-                    progress.add(records)
-            progress.close()
-        except UserError:
-            store.give_up()
-            raise
-    results = store.close(args.metrics, args.test_prompt_ids)
+    with contextlib.ExitStack() as held:
+        on_main(lambda: held.enter_context(locked(args.results_file)))
+        missing = store.open(args.restart)
+        if missing:
+            try:
+                model, tokenizer = load_for_test(folder, args.base_model, args.lora, device, DTYPES.get(args.dtype))
+                pack_linears(model)
+                trie = item_trie(tokenizer, data, style.no_eos)
+                scorer = Scorer(model, tokenizer, trie, args.num_beams, args.test_batch_size)
+                progress = Progress(len(missing), args.metrics)
+                for prompt in prompt_ids:
+                    score_prompt(scorer, prompt, style.prompts, data, samples, numbers, missing, store, progress)
+                progress.close()
+            except UserError:
+                store.give_up()
+                raise
+        results = store.close(args.metrics, args.test_prompt_ids)
     if results:
         say(json.dumps({key: results[key] for key in ("mean_results", "min_results", "max_results")}, indent=2))
         say(f"results: {args.results_file}; predictions: {store.predictions}")
@@ -113,24 +123,30 @@ def check_flags(args: argparse.Namespace, single: bool) -> str:
 def score_prompt(
     scorer: Scorer,
     prompt: int,
-    texts: list[str],
+    prompts: Prompts,
     data: RecData,
     samples: TestSet,
     numbers: list[int],
     missing: set[tuple[int, int]],
-) -> Iterator[list[dict[str, Any]]]:
-    """Predict the samples `numbers` from their `texts`; yields this process's records, batch by batch.
+    store: Store,
+    progress: Progress,
+) -> None:
+    """Predict the samples `numbers` by one template, and store this process's records, batch by batch.
 
     Batches are made of all samples, whatever is `missing`, so a resumed run has those of an uninterrupted one.
     """
     wanted = {place for place, number in enumerate(numbers) if (prompt, number) in missing}
     if not wanted:
         return
+    template = prompts.of(samples.task)[prompt]
+    texts = [prompts.prompt(template, samples[number].slots) for number in numbers]
     for places, found in scorer.score(texts, wanted):
-        yield [
+        records = [
             prediction(data, prompt, numbers[place], samples[numbers[place]], items, scores)
             for place, (items, scores) in zip(places, found, strict=True)
         ]
+        store.append(records)
+        progress.add(records)
 
 
 def prediction(data: RecData, prompt: int, number: int, sample: Any, items: list[int], scores: list[float]) -> dict:

@@ -13,8 +13,8 @@ from transformers import AddedToken, AutoTokenizer, LlamaTokenizer, PreTrainedTo
 
 from collator import adds_bos
 from data import ITEM_TOKEN, RecData
-from reading import check_model_folder
-from utils import UserError, first_line, read_json
+from reading import check_model_folder, faults_said
+from utils import UserError, read_json
 
 
 def load_tokenizer(path: str | Path, model_max_length: int = 2048) -> Any:
@@ -24,19 +24,15 @@ def load_tokenizer(path: str | Path, model_max_length: int = 2048) -> Any:
     """
     check_model_folder(path)
     options = {"model_max_length": model_max_length, "padding_side": "right"}
-    try:
+    with faults_said(path, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **options)
         if _is_bare(Path(path)) and not begins_with_a_blank(tokenizer) and _sentencepiece_does(Path(path)):
             tokenizer = LlamaTokenizer.from_pretrained(
                 path, trust_remote_code=False, **options
             )  # told of no class, transformers takes another
-        tokenizer("a")
-    except MemoryError:
-        raise
-    except BaseException as error:  # noqa: BLE001  (files can be wrong in any way; tokenizers panics outside Exception)
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
-        raise UserError(f"{path}: no tokenizer can be loaded ({first_line(error)})") from None
+        if not tokenizer("a")["input_ids"]:
+            raise ValueError("it makes nothing of a text")
+    _check_item_ids(Path(path), tokenizer)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no end-of-sequence token")
     if tokenizer.pad_token_id is None:
@@ -48,6 +44,17 @@ def load_tokenizer(path: str | Path, model_max_length: int = 2048) -> Any:
     if _is_bare(Path(path)) and "add_bos_token" not in _settings(Path(path)) and not adds_bos(tokenizer):
         tokenizer.add_bos_token = True
     return tokenizer
+
+
+def _check_item_ids(folder: Path, tokenizer: Any) -> None:
+    """transformers renumbers added tokens without a word where their ids have gaps; item tokens would be others'."""
+    path = folder / "tokenizer.json"
+    added = read_json(path).get("added_tokens") if path.is_file() else None
+    for token in added or []:
+        name, number = str(token.get("content")), token.get("id")
+        if ITEM_TOKEN.fullmatch(name) and tokenizer.convert_tokens_to_ids(name) != number:
+            now = tokenizer.convert_tokens_to_ids(name)
+            raise UserError(f"{path}: gives {name} the id {str(number)[:40]}, but the tokenizer loads it as {now}")
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -12,9 +14,11 @@ import pickle
 import platform
 import random
 import re
+import signal
 import stat
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,6 +32,9 @@ SURROUNDINGS = frozenset(
     getattr(errno, name)
     for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO EMFILE ENAMETOOLONG ELOOP ENOTDIR EISDIR".split()
 )
+
+
+PATIENCE = 60  # seconds for what takes one or two, such as a template or patterns of names that a file brings
 
 
 class UserError(Exception):
@@ -61,9 +68,20 @@ def run_main(main: Callable[[], Any]) -> None:
         where = f"{str(error.filename)[:300]}: " if error.filename else ""
         print(f"error: {where}{error.strerror}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: out of memory ({first_line(error)})", file=sys.stderr, flush=True)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that a GPU or the host has no memory left."""
+    words = f"{type(error).__name__} {error}"
+    return any(part in words for part in ("MemoryError", "out of memory", "can't allocate memory"))
 
 
 def set_seed(seed: int) -> None:
@@ -82,6 +100,24 @@ def first_line(error: BaseException) -> str:
     if "trust_remote_code" in str(error):
         return "it needs code of its own, which is not run"
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:400]
+
+
+@contextlib.contextmanager
+def time_limit(message: str) -> Iterator[None]:
+    """A block of Python that may take `PATIENCE` seconds; longer, and it is a `UserError`. (Only in the main thread.)"""
+
+    def late(*_: Any) -> None:
+        raise UserError(message)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before, rest = signal.signal(signal.SIGALRM, late), signal.alarm(PATIENCE)
+    try:
+        yield
+    finally:
+        signal.alarm(rest)
+        signal.signal(signal.SIGALRM, before)
 
 
 # ---- distributed facts: the global rank, as torchrun sets it (the local rank only picks a GPU) ----
@@ -130,6 +166,11 @@ def regular_file(path: str | Path) -> Path:
     if not stat.S_ISREG(mode):
         raise UserError(f"{path}: is not a regular file")
     return path
+
+
+def is_plain_name(name: str) -> bool:
+    """True for a name of a file or folder without any path in it."""
+    return bool(name) and name not in (".", "..") and not set("/\\\0\n") & set(name)
 
 
 def parse_json(content: bytes) -> Any:
@@ -194,20 +235,27 @@ def read_json(path: str | Path) -> Any:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it takes `path`'s place when the block ends well, else it is removed.
 
-    Folders on the way are made. A reader never sees half a file, and a crash leaves the old one.
+    Folders on the way are made. A reader never sees half a file, and a crash leaves the old one. What a killed process left
+    of `path` goes: it is known by its lock, which ends with its process.
 
     Raises:
         UserError: the disk is full, the place is read-only, a file is where a folder should be, and the like.
     """
-    path, temporary = Path(path), None
+    path, temporary, handle = Path(path), None, None
+    prefix, suffix = f".{path.name[:100]}.", f".partial{path.suffix[:20]}"
     made = missing_folders(path.parent)
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: cannot be written (it is not a regular file)")
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=path.suffix[:20])
-        os.close(handle)
+        for left in path.parent.glob(f"{glob.escape(prefix)}????????{glob.escape(suffix)}"):
+            with contextlib.suppress(OSError, UserError), open(regular_file(left), "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # an error where a living process writes it
+                left.unlink()
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=suffix)
         temporary = Path(name)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
@@ -223,6 +271,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+        if handle is not None:
+            os.close(handle)
         with contextlib.suppress(OSError):  # another process has put something there
             for folder in made:
                 folder.rmdir()

@@ -8,7 +8,7 @@
 #   DATASET=Mine SOURCE=./data/Mine bash benchmarks/accuracy.sh
 #
 # SOURCE (../shared/data/Office) holds <DATASET>.inter.json and <DATASET>.item.json. RQ-VAE indices are learned from text and
-# behaviour (data_process/behaviour.py): two levels, about 13 items to each code. A LLaMA of 1 to 2 million parameters with
+# behaviour (data_process/behaviour.py): two levels, about 6 items to each code. A LLaMA of 1 to 2 million parameters with
 # two layers learns whole histories without instructions and without an end token (config/short_prompts.json): every item of a
 # history is predicted once an epoch. The epoch is chosen by NDCG@10 on the validation targets; the test targets are used once.
 set -euo pipefail
@@ -55,7 +55,7 @@ make_index() {
 
 # one METHOD SEED: fine-tune and test, if that is not done
 one() {
-  local run="$work/${NAME:-$1}-seed$2" recipe="--epochs 16 --eval_delay 14 --learning_rate 3e-3 --dropout 0.2 --swap_items 0.2"
+  local run="$work/${NAME:-$1}-seed$2" recipe="--epochs 16 --eval_delay 14 --learning_rate 3e-3 --dropout 0.2 --swap_items 0.2 --last_code_weight 3"
   local form=(--data_path "$work" --dataset "$DATASET" --index_file ".$1.json" --prompt_file config/short_prompts.json --his_sep= --no_eos)
   if [ "$1" = flat ]; then recipe="--epochs 12 --eval_delay 9 --learning_rate 2e-3 --dropout 0.3"; fi
   if [ ! -e "$run/base/config.json" ]; then

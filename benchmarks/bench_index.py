@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "index"))
 import main as index_main
 from embeddings import Embeddings
 from figures import index_figures
+from flag_kinds import SEED, FlagParser, integer
 from models.quantiser import VectorQuantizer, squared_distances
 from models.rqvae import RQVAE, RQVAEConfig
 from parallel import Processes
@@ -214,13 +215,13 @@ def _times(point: Point, goal: Point) -> str:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(__doc__)
     add = parser.add_argument
     add("--data_path", required=True, help="embeddings of a real catalogue, .npy")
-    add("--epochs", type=int, default=100, help="of the plain loop (100)")
-    add("--warmup_epochs", type=int, default=5, help="of the plain loop (5)")
-    add("--seed", type=int, default=2024, help="of both (2024)")
-    add("--threads", type=int, help="processor threads (PyTorch's choice)")
+    add("--epochs", type=integer(1), default=100, help="of the plain loop (100)")
+    add("--warmup_epochs", type=integer(0), default=5, help="of the plain loop (5)")
+    add("--seed", type=SEED, default=2024, help="of both (2024)")
+    add("--threads", type=integer(1), help="processor threads (PyTorch's choice)")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)

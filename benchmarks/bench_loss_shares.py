@@ -19,8 +19,10 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import finetune
+from arguments import make_parser, style_flags
 from benchmarks.bench_train import make_data_and_base
 from collator import encode_samples
+from flag_values import SEEDS, whole
 from prompt_style import PromptStyle
 from tokenising import add_item_tokens, load_tokenizer
 from utils import run_main
@@ -40,7 +42,7 @@ def lengths(options: argparse.Namespace, folder: Path) -> tuple[list[str], np.nd
         str(options.seed),
     ]
     args = finetune.parse([*flags, "--train_data_sample_num", f"0,0,0,{options.fusion},0,0"])
-    data, train_set, _ = finetune.load_datasets(args, PromptStyle.of_flags(args))
+    data, train_set, _ = finetune.load_datasets(args, PromptStyle.of_flags(**style_flags(args)))
     tokenizer = load_tokenizer(base)
     add_item_tokens(tokenizer, data.item_tokens)
     numbers = np.random.default_rng(options.seed).integers(len(train_set), size=options.samples)
@@ -59,15 +61,15 @@ def shares(table: np.ndarray, batches: np.ndarray, n_tasks: int) -> np.ndarray:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--data_path", help="folder that holds <dataset>/ (default: made from ../shared/data/Office)")
     parser.add_argument("--dataset", default="Office")
     parser.add_argument("--model", default="tiny", choices=("tiny", "smollm2"), help="whose tokenizer counts")
-    parser.add_argument("--fusion", type=int, default=100_000, help="samples of fusionseqrec an epoch; 0: all")
-    parser.add_argument("--batch_size", type=int, default=8, help="samples per process and batch")
-    parser.add_argument("--batches", type=int, default=2, help="batches of a step: accumulation times processes")
-    parser.add_argument("--samples", type=int, default=64_000, help="samples drawn")
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--fusion", type=whole(0), default=100_000, help="samples of fusionseqrec an epoch; 0: all")
+    parser.add_argument("--batch_size", type=whole(1), default=8, help="samples per process and batch")
+    parser.add_argument("--batches", type=whole(1), default=2, help="batches of a step: accumulation times processes")
+    parser.add_argument("--samples", type=whole(1), default=64_000, help="samples drawn")
+    parser.add_argument("--seed", type=SEEDS, default=42)
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         names, table = lengths(options, Path(folder))

@@ -10,7 +10,6 @@ when they are asked for. Printed are processor seconds and memory beyond what th
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import sys
@@ -25,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data
 import tasks
-from arguments import whole
+from arguments import make_parser
+from flag_values import whole
 from utils import run_main
 
 
@@ -45,10 +45,8 @@ def resident() -> float:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--interactions", type=whole(100), default=1_000_000, help="of the made-up log (default: 1,000,000)"
-    )
+    parser = make_parser(__doc__)
+    parser.add_argument("--interactions", type=whole(100), default=1_000_000, help="of the made-up log")
     args = parser.parse_args(argv)
     users = args.interactions // 10
     items = max(10, users // 10)

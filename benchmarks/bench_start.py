@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from arguments import add_dataset, make_parser
 from collator import IGNORE, TrainCollator
 from data import RecData, load_data
+from flag_values import whole
 from modeling import load_model, load_tokenizer, prepare_base
 from prompt import load_prompts
 from samples import TrainSet
@@ -115,8 +116,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add_dataset(parser)
     parser.add_argument("--base_model", required=True, help="a pretrained causal LM")
-    parser.add_argument("--batches", type=int, default=5, help="batches for each line")
-    parser.add_argument("--batch_size", type=int, default=4, help="histories in a batch")
+    parser.add_argument("--batches", type=whole(1), default=5, help="batches for each line")
+    parser.add_argument("--batch_size", type=whole(1), default=4, help="histories in a batch")
     options = parser.parse_args(argv)
     data = load_data(options.data_path, options.dataset, options.index_file)
     say("| " + " | ".join(COLUMNS) + " |\n|" + " --- |" * len(COLUMNS))

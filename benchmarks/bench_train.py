@@ -4,17 +4,19 @@
     python benchmarks/bench_train.py --processes 1,2 --seeds 3 --samples 512
     python benchmarks/bench_train.py --model smollm2 --processes 1 --samples 24
     python benchmarks/bench_train.py --data_path ./data --dataset ml-100k     # a dataset with index and user texts
+    python benchmarks/bench_train.py --dealing --model medium --processes 4   # (a) rows as drawn; (b) samples dealt by length
 
 Both train the same model (a tiny LLaMA of the embedded default's size, or SmolLM2-135M) on the same samples in the same order,
 with the same optimiser, precision and activation checkpointing, in turn and each in processes of its own; with two processes
 under DeepSpeed ZeRO-3. Printed: samples and useful (not padding) tokens a second; the peak of the first process's resident
 memory and what of it training added to that of the loaded model; the loss after equal samples on others of the mixture. CPU
-seconds are printed beside the wall clock, since other programs on the machine disturb the latter.
+seconds, of the slowest process in each step, are printed beside the wall clock, since other programs disturb the latter.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -28,24 +30,30 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import finetune
+import training
+from arguments import make_parser
+from flag_values import whole
 from utils import UserError, is_main, read_json, run_main, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-LEARNING_RATES = {"tiny": "1e-3", "smollm2": "5e-5"}
+LEARNING_RATES = {"tiny": "1e-3", "medium": "1e-3", "smollm2": "5e-5"}
+MEDIUM = ["--hidden_size", "384", "--layers", "6", "--heads", "6"]
+NAMES = {False: ("plain Trainer", "--packing"), True: ("rows as drawn", "rows dealt")}
 OFFICE = ROOT.parent / "shared" / "data" / "Office"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The benchmark's flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--data_path", help="folder that holds <dataset>/ (default: made from ../shared/data/Office)")
     parser.add_argument("--dataset", default="Office")
     parser.add_argument("--processes", default="1,2", help="numbers of processes, by commas")
-    parser.add_argument("--model", default="tiny", choices=("tiny", "smollm2"), help="base model")
-    parser.add_argument("--samples", type=int, default=512, help="training samples of each run")
-    parser.add_argument("--loss_samples", type=int, default=200, help="samples whose loss is compared at the end")
-    parser.add_argument("--batch_size", type=int, default=8, help="samples per process and step")
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each kind")
+    parser.add_argument("--model", default="tiny", choices=tuple(LEARNING_RATES), help="base model")
+    parser.add_argument("--dealing", action="store_true", help="compare what dealing packed samples by length brings")
+    parser.add_argument("--samples", type=whole(1), default=512, help="training samples of each run")
+    parser.add_argument("--loss_samples", type=whole(1), default=200, help="samples whose loss is compared at the end")
+    parser.add_argument("--batch_size", type=whole(1), default=8, help="samples per process and step")
+    parser.add_argument("--seeds", type=whole(1), default=1, help="runs of each kind")
     parser.add_argument("--no_checkpointing", action="store_true", help="keep activations, in both kinds")
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file too")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -79,7 +87,8 @@ def make_data_and_base(options: argparse.Namespace, folder: Path) -> tuple[Path,
         if not OFFICE.is_dir():
             raise UserError(f"{OFFICE} is not there; name a dataset with --data_path and --dataset")
         make_office(data_path)
-    make_base([options.model, "--target", str(base), "--data_path", str(data_path), "--dataset", options.dataset])
+    kind = ["tiny", *MEDIUM] if options.model == "medium" else [options.model]
+    make_base([*kind, "--target", str(base), "--data_path", str(data_path), "--dataset", options.dataset])
     return data_path, base
 
 
@@ -108,9 +117,12 @@ def worker(job: dict) -> None:
     flags += ["--logging_step", "1000000", "--save_and_eval_strategy", "steps", "--save_and_eval_steps", "1000000"]
     flags += ["--deepspeed", str(ROOT / "config/ds_z3_bf16.json") if job["zero3"] else "none"]
     flags += ["--loss_average", "token"]  # as the plain Trainer of today
-    flags += ["--packing"] if job["kind"] == "b" else []
+    plain = job["kind"] == "a" and not job["dealing"]
+    flags += [] if plain else ["--packing"]
     flags += ["--no-gradient_checkpointing"] if job["no_checkpointing"] else []
-    run = finetune.prepare(finetune.parse(flags), plain_trainer if job["kind"] == "a" else None)
+    if job["kind"] == "a":
+        training.MOST_DEALT = 0
+    run = finetune.prepare(finetune.parse(flags), plain_trainer if plain else None)
     trainer = run.trainer
     run.training.load_best_model_at_end = False
     run.training.save_strategy = "no"
@@ -119,7 +131,7 @@ def worker(job: dict) -> None:
     trainer.add_callback(clock)
     trainer.train()
     peak = resident("VmHWM")
-    figures = {"seconds": clock.wall, "cpu": clock.cpu, "tokens": tokens, "peak": peak, "added": peak - before}
+    figures = {"seconds": clock.wall, "cpu": slowest(clock.cpu), "tokens": tokens, "peak": peak, "added": peak - before}
     figures["loss"] = final_loss(run, trainer.model_wrapped, job["loss_samples"])
     if is_main():
         print("FIGURES " + json.dumps(figures), flush=True)
@@ -158,17 +170,35 @@ def plain_trainer(run: finetune.Run) -> object:
 
 
 class Clock:
-    """Wall clock and CPU seconds from the end of the first step to the end of the last. Made a callback below."""
+    """Wall clock from the end of the first step to that of the last, and CPU seconds of each between. Made a callback below."""
 
     def __init__(self) -> None:
-        self.wall = self.cpu = 0.0
-        self._from: tuple[float, float] | None = None
+        self.ticks: list[tuple[float, float]] = []
 
     def tick(self) -> None:
         """Called after every step."""
-        now = time.perf_counter(), time.process_time()
-        self._from = self._from or now
-        self.wall, self.cpu = now[0] - self._from[0], now[1] - self._from[1]
+        self.ticks.append((time.perf_counter(), time.process_time()))
+
+    @property
+    def wall(self) -> float:
+        """Seconds."""
+        return self.ticks[-1][0] - self.ticks[0][0]
+
+    @property
+    def cpu(self) -> list[float]:
+        """Seconds of this process for each step."""
+        return [later[1] - before[1] for before, later in itertools.pairwise(self.ticks)]
+
+
+def slowest(seconds: list[float]) -> float:
+    """The steps' seconds of the process that has the most in each, summed: what they take if each process has its core."""
+    import torch.distributed as dist
+
+    every = [seconds]
+    if dist.is_initialized():
+        every = [seconds] * dist.get_world_size()
+        dist.all_gather_object(every, seconds)
+    return sum(map(max, zip(*every, strict=True)))
 
 
 def make_clock() -> object:
@@ -238,7 +268,8 @@ def compare(options: argparse.Namespace, base: Path, data_path: Path, folder: Pa
         for seed in range(1, options.seeds + 1):
             for kind in "ab":
                 steps = max(2, options.samples // (options.batch_size * processes))
-                job = {"kind": kind, "seed": seed, "steps": steps, "zero3": processes > 1, "base": str(base)}
+                job = {"kind": kind, "seed": seed, "steps": steps, "base": str(base), "dealing": options.dealing}
+                job["zero3"] = processes > 1 and not options.dealing
                 job |= {"out": str(folder / f"out-{kind}-{processes}-{seed}"), "dataset": options.dataset}
                 job |= {"data_path": str(data_path), "batch_size": options.batch_size}
                 job |= {"no_checkpointing": options.no_checkpointing, "loss_samples": options.loss_samples}
@@ -247,7 +278,7 @@ def compare(options: argparse.Namespace, base: Path, data_path: Path, folder: Pa
                 figures["samples"] = (steps - 1) * options.batch_size * processes
                 runs[kind].append(figures)
         rows.append(summary(processes, runs))
-        print(table_lines(rows[-1]), flush=True)
+        print(table_lines(rows[-1], options.dealing), flush=True)
     return rows
 
 
@@ -266,10 +297,10 @@ def summary(processes: int, runs: dict[str, list[dict]]) -> dict:
     return row
 
 
-def table_lines(row: dict) -> str:
+def table_lines(row: dict, dealing: bool) -> str:
     """One comparison in words."""
-    lines = [f"{row['processes']} process(es){', ZeRO-3' if row['processes'] > 1 else ''}"]
-    for kind, name in (("a", "plain Trainer"), ("b", "--packing")):
+    lines = [f"{row['processes']} process(es){', ZeRO-3' if row['processes'] > 1 and not dealing else ''}"]
+    for kind, name in zip("ab", NAMES[dealing], strict=True):
         mean = row[kind]
         losses = ", ".join(f"{loss:.4f}" for loss in mean["losses"])
         lines.append(

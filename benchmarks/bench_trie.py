@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from arguments import make_parser
 from decoding import _advance, _Beams, _Finished
+from flag_values import SEEDS, whole
 from trie import ItemTrie
 from utils import run_main, versions
 
@@ -112,15 +113,15 @@ def measure(count: int, options: Any) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--items", default="10000,1000000,10000000", help="catalogue sizes, the first is the baseline")
-    parser.add_argument("--levels", type=int, default=4, help="tokens of an index")
-    parser.add_argument("--codes", type=int, default=256, help="codes of a level")
-    parser.add_argument("--batch_size", type=int, default=16, help="prompts a step")
-    parser.add_argument("--num_beams", type=int, default=20, help="beams a prompt")
-    parser.add_argument("--repeat", type=int, default=15, help="steps per depth; the median counts")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--seed", type=int, default=42, help="of the random indices")
+    parser.add_argument("--levels", type=whole(1), default=4, help="tokens of an index")
+    parser.add_argument("--codes", type=whole(1), default=256, help="codes of a level")
+    parser.add_argument("--batch_size", type=whole(1), default=16, help="prompts a step")
+    parser.add_argument("--num_beams", type=whole(1), default=20, help="beams a prompt")
+    parser.add_argument("--repeat", type=whole(1), default=15, help="steps per depth; the median counts")
+    parser.add_argument("--threads", type=whole(1), default=1, help="CPU threads")
+    parser.add_argument("--seed", type=SEEDS, default=42, help="of the random indices")
     parser.add_argument("--python", action="store_true", help="measure the Python loop too")
-    parser.add_argument("--one", type=int, help="measure one catalogue in this process and print JSON")
+    parser.add_argument("--one", type=whole(1), help="measure one catalogue in this process and print JSON")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     if options.one:

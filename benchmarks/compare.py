@@ -31,13 +31,14 @@ from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from arguments import file_name, folder_name, make_parser
+from arguments import make_parser
 from benchmarks.baselines import data_hashes, prepare, train
 from data import RecData, read_inters, read_items
 from data_process.prepare import check_name
+from flag_values import file_name, folder_name, whole
 from metrics.ranking import rank_of
 from report import METRIC_NAMES, cells, intervals, markdown, popularity_ranks, recorded, values
-from results import read_predictions
+from results import predictions_of, read_predictions, read_results
 from utils import UserError, atomic_path, read_json, run_main, say, versions, write_json
 
 Ranks = dict[str, list[int]]  # user → the target's rank from 0 (-1: not in the list) for each prompt and seed
@@ -246,16 +247,14 @@ def our_rows(named: list[str], data: RecData) -> dict[str, Row]:
         files.setdefault(name or "LC-Rec", []).append(Path(path))
     rows = {}
     for name, paths in files.items():
-        runs = {str(path): user_ranks(path.with_name(f"{path.stem}.predictions.jsonl"), targets) for path in paths}
+        runs = {str(path): user_ranks(predictions_of(path), targets) for path in paths}
         rows[name] = Row(joined(list(runs.values())), runs if len(runs) > 1 else {}, *checkpoint_facts(paths[0]))
     return rows
 
 
 def checkpoint_facts(results: Path) -> tuple[str, str]:
     """Training time and parameters of the checkpoint that a results file names, "–" for what is not there any more."""
-    content = read_json(results)
-    config = content.get("config", {}) if isinstance(content, dict) else {}
-    folder = Path(str(config.get("arguments", {}).get("ckpt_path", "")))
+    folder = Path(str(read_results(results)["config"]["arguments"].get("ckpt_path", "")))
     log, weights = folder / "train.log", sorted(folder.glob("*.safetensors"))
     times = re.findall(r"^\[ *([\d:]+)\]", log.read_text(encoding="utf-8"), re.M) if log.is_file() else []
     count = 0
@@ -325,8 +324,8 @@ def main(argv: list[str] | None = None) -> None:
         metavar="RATE/DROPOUT/BATCH",
         help="points for every model instead of the above",
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[42], help="the first is the grid's")
-    parser.add_argument("--max_his_len", type=int, default=20, help="items of history at most; -1: all")
+    parser.add_argument("--seeds", nargs="+", type=whole(0, 2**32 - 1), default=[42], help="the first is the grid's")
+    parser.add_argument("--max_his_len", type=whole(-1), default=20, help="items of history at most; -1: all")
     parser.add_argument(
         "--results", nargs="*", default=[], metavar="NAME=FILE", help="a name and test.py's results file"
     )

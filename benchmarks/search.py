@@ -23,6 +23,7 @@ from data import RecData, load_data
 from data_process.encoder import encode, load_encoder, longest_input
 from data_process.fetch import fetch
 from data_process.rule_texts import content_words
+from flag_values import SEEDS
 from metrics.ranking import means, rank_of
 from quiet import silence_libraries
 from reading import read_array
@@ -89,7 +90,7 @@ def own_words(data: RecData, samples: TestSet, numbers: list[int]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add_dataset(parser)
-    parser.add_argument("--seed", type=int, default=42, help="that of test.py: it draws the wording")
+    parser.add_argument("--seed", type=SEEDS, default=42, help="that of test.py: it draws the wording")
     parser.add_argument(
         "--results", nargs="*", default=[], metavar="NAME=FILE", help="models: a line's name and a results file"
     )

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from arguments import make_parser
 from data import read_items
+from flag_values import whole
 from utils import UserError, read_json, run_main, write_json
 
 
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("source", type=Path, help="an item file")
     parser.add_argument("target", type=Path, help="the item file to write")
-    parser.add_argument("--length", type=int, default=240, help="characters of a description")
+    parser.add_argument("--length", type=whole(1), default=240, help="characters of a description")
     options = parser.parse_args(argv)
     if options.length < 1:
         raise UserError(f"--length {options.length}: must be at least 1")

@@ -9,7 +9,6 @@ checkpoint of a run.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import os
@@ -23,6 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from arguments import make_parser
 from convert.folder import (
     FLOATS,
     TOKENIZER_FILES,
@@ -35,10 +35,11 @@ from convert.folder import (
     skeleton,
 )
 from convert.hub import reason
-from convert.scan import check_checkpoint, is_plain_name
+from convert.scan import check_checkpoint
 from convert.weights import Specs, Weights, all_finite, is_old_buffer, write_weights
 from folders import LOADERS, new_folder
-from utils import UserError, run_main, versions, write_json
+from quiet import silence_libraries
+from utils import UserError, is_plain_name, run_main, versions, write_json
 
 COPIED = ("*.json", "train*")
 
@@ -169,11 +170,12 @@ def _adapter(source: ModelFolder) -> tuple[Specs, Reader, dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> None:
     """Convert one checkpoint."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("-s", "--source", required=True, help="checkpoint folder (checkpoint-N) or model folder")
     add_target(parser, "-t", "--target")
-    parser.add_argument("--dtype", choices=FLOATS, default="float32", help="type of the weights (default: float32)")
+    parser.add_argument("--dtype", choices=FLOATS, default="float32", help="type of the weights")
     args = parser.parse_args(argv)
+    silence_libraries()
     source, dtype = find_model(args.source), getattr(torch, args.dtype)
     count = convert_model(source, args.target, dtype, args.max_shard_size, args.overwrite)
     print(f"{args.target}: {count} tensors in {args.dtype}")

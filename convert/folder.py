@@ -263,7 +263,7 @@ def copy_files(source: ModelFolder, target: Path, patterns: tuple[str, ...]) -> 
 def add_target(parser: argparse.ArgumentParser, *flags: str) -> None:
     """The options of every script that writes a model folder: `flags` for the folder itself, a shard's size, overwriting."""
     parser.add_argument(*flags, required=True, type=Path, help="folder to write; must not exist yet")
-    size = {"type": parse_size, "default": "5GB", "help": "largest weight file (default: 5GB)"}
+    size = {"type": parse_size, "default": "5GB", "help": "largest weight file"}
     parser.add_argument("--max-shard-size", "--max_shard_size", **size)
     parser.add_argument("--overwrite", action="store_true", help="replace that folder if a script here wrote it")
 
@@ -275,8 +275,8 @@ def parse_size(text: str) -> int:
     unit = text.upper()[len(number) :]
     try:
         size = int(float(number) * units[unit])
-    except (ValueError, KeyError):
-        raise UserError(f"{text!r} is not a size; write for example 5GB or 200MB") from None
+    except (ValueError, KeyError, OverflowError):
+        size = 0
     if size <= 0:
-        raise UserError(f"{text!r}: a shard's size must be positive")
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a size; write for example 5GB or 200MB")
     return size

@@ -23,6 +23,8 @@ def local_or_hub(name: str, flag: str = "") -> str:
         UserError: no such folder, the hub has no such model, or it cannot be reached and the cache has none either.
     """
     folder = Path(name).expanduser()
+    if not name:
+        raise UserError(f"{flag or 'the name of a model'}: is empty; give a folder or a hub id")
     if folder.is_dir():
         return str(folder)
     missing = f"{name}: no such folder" + (f" ({flag})" if flag else "")

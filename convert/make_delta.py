@@ -10,7 +10,6 @@ the target bit for bit (where the difference cannot be represented in float16).
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from arguments import make_parser
 from convert.folder import FLOATS, RUN_FILES, TOKENIZER_FILES, ModelFolder, add_target, copy_files, find_model
 from convert.merge_delta import Plan, plan_merge
 from convert.push import push_folder
 from convert.weights import Weights, all_finite, count_different, write_weights
 from folders import new_folder
+from quiet import silence_libraries
 from utils import UserError, run_main, say, versions, write_json
 
 
@@ -82,13 +83,14 @@ def make_delta(
 
 def main(argv: list[str] | None = None) -> None:
     """Make one delta, and push it if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--base-model-path", required=True, help="base model: folder or hub id")
     parser.add_argument("--target-model-path", required=True, help="fine-tuned model: folder or hub id")
     add_target(parser, "--delta-path")
     parser.add_argument("--hub-repo-id", help="also push the delta to this hub repository (owner/name)")
-    parser.add_argument("--dtype", choices=FLOATS, default="float16", help="arithmetic and result (default: float16)")
+    parser.add_argument("--dtype", choices=FLOATS, default="float16", help="arithmetic and result")
     args = parser.parse_args(argv)
+    silence_libraries()
     base, target = find_model(args.base_model_path), find_model(args.target_model_path)
     report = make_delta(base, target, args.delta_path, getattr(torch, args.dtype), args.max_shard_size, args.overwrite)
     missed = sum(report["inexact"].values())

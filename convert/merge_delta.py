@@ -9,7 +9,6 @@ of the model. Everything is checked; the target folder appears only when it is c
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from arguments import make_parser
 from convert.folder import (
     FLOATS,
     RUN_FILES,
@@ -35,6 +35,7 @@ from convert.folder import (
 from convert.old_tokenizer import save_old_tokenizer
 from convert.weights import Specs, Weights, all_finite, is_old_buffer, write_weights
 from folders import new_folder
+from quiet import silence_libraries
 from utils import UserError, run_main, say, versions, write_json
 
 LEAST_COSINE = 0.1
@@ -218,14 +219,15 @@ def build_report(
 
 def main(argv: list[str] | None = None) -> None:
     """Merge one delta."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--base-model-path", required=True, help="base model: folder or hub id")
     add_target(parser, "--target-model-path")
     parser.add_argument("--delta-path", required=True, help="delta: folder or hub id")
-    parser.add_argument("--dtype", choices=FLOATS, default="float16", help="arithmetic and result (default: float16)")
+    parser.add_argument("--dtype", choices=FLOATS, default="float16", help="arithmetic and result")
     parser.add_argument("--low-cpu-mem", action="store_true", help="for old commands: memory is always kept low")
     parser.add_argument("--any-base", action="store_true", help="skip the test that embeddings resemble the base's")
     args = parser.parse_args(argv)
+    silence_libraries()
     base, delta = find_model(args.base_model_path), find_model(args.delta_path)
     target, dtype = args.target_model_path, getattr(torch, args.dtype)
     report = merge_delta(base, delta, target, dtype, args.max_shard_size, args.overwrite, args.any_base)

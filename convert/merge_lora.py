@@ -9,7 +9,6 @@ parameter); adapters trained on a 4-bit base are merged into the base in full pr
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from adapters import PREFIX
+from arguments import make_parser
 from convert.folder import (
     FLOATS,
     RUN_FILES,
@@ -102,11 +102,11 @@ def _what_was_done(name: str, adapter: Weights) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Merge one adapter."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--adapter-path", required=True, help="adapter: folder or hub id")
     add_target(parser, "--target-model-path")
-    parser.add_argument("--base-model-path", help="base model: folder or hub id (default: what the adapter names)")
-    parser.add_argument("--dtype", choices=FLOATS, help="type of the result (default: the base's)")
+    parser.add_argument("--base-model-path", help="base model: folder or hub id")
+    parser.add_argument("--dtype", choices=FLOATS, help="type of the result")
     args = parser.parse_args(argv)
     silence_libraries()
     adapter = find_model(args.adapter_path)

@@ -10,7 +10,6 @@ The card has the dataset with the hashes of its files, the base, the metrics and
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 from pathlib import Path
@@ -18,10 +17,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from arguments import make_parser
 from convert.folder import RUN_FILES, SETTINGS, TOKENIZER_FILES
 from convert.hub import reason
 from folders import LOADERS
-from utils import UserError, atomic_path, read_json, run_main, say, sha256
+from quiet import silence_libraries
+from results import read_results
+from run_folder import RunFolder, RunRecord
+from utils import UserError, atomic_path, run_main, say, sha256
 
 CARD_MARK = "<!-- written by convert/push.py; edit freely and remove this line to keep your text -->"
 REPORTS = ("merge_report.json", "delta_report.json", "convert_report.json")
@@ -38,9 +41,8 @@ UPLOADED = (
 )
 
 
-def command_line(record: dict[str, Any]) -> list[str]:
-    """The command that a record (`run.json`, or the `config` of results) keeps as `argv`; none if it keeps no words."""
-    words, processes = record.get("argv"), record.get("processes", 1)
+def command_line(words: Any, processes: Any) -> list[str]:
+    """The command that a run or a test kept as `argv`; none if it kept no words."""
     if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
         return []
     many = isinstance(processes, int) and processes > 1
@@ -48,28 +50,14 @@ def command_line(record: dict[str, Any]) -> list[str]:
     return [f"{start} {shlex.join([Path(words[0]).name, *words[1:]])}"]
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """A run's or results' JSON file: an object, in which `config`, `arguments` and `files` are objects (or empty).
-
-    Raises:
-        UserError: it is of another form.
-    """
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object")
-    for place in (content, content.setdefault("config", {})):
-        for key in ("config", "arguments", "files", "data_sha256", "versions"):
-            if not isinstance(place, dict) or not isinstance(place.setdefault(key, {}), dict):
-                raise UserError(f"{path}: {key} is not an object")
-    return content
-
-
 def metrics_table(results: list[tuple[Path, dict[str, Any]]]) -> list[str]:
     """A Markdown table of the mean over prompts, one line for each results file."""
     lines = []
     for path, content in results:
         means = content.get("mean_results")
-        if not isinstance(means, dict) or not all(isinstance(value, int | float) for value in means.values()):
+        if not isinstance(means, dict) or not all(
+            type(value) in (int, float) and abs(value) < 1e9 for value in means.values()
+        ):
             raise UserError(f"{path}: not a results file of test.py (mean_results is missing)")
         if not lines:
             lines += ["| task | prompts | " + " | ".join(means) + " |", "| --- | --- |" + " --- |" * len(means)]
@@ -109,9 +97,9 @@ def make_card(folder: Path, repo_id: str, results: list[Path], index_file: Path 
     Raises:
         UserError: a file it is made from is missing or of another form.
     """
-    run = read_record(folder / "run.json") if (folder / "run.json").is_file() else {}
-    tested = [(path, read_record(path)) for path in results]
-    trained = run.get("arguments", {})
+    run = RunFolder(folder).record()
+    tested = [(path, read_results(path)) for path in results]
+    trained = run.arguments if run else {}
     dataset = trained.get("dataset") or next((c["config"]["arguments"].get("dataset") for _, c in tested), None)
     if not isinstance(dataset, str):
         raise UserError(f"{folder}: has no run.json of finetune.py, so give --results at least")
@@ -135,13 +123,13 @@ def make_card(folder: Path, repo_id: str, results: list[Path], index_file: Path 
     ]
     if tested:
         text += ["## Results", *metrics_table(tested)]
-    commands = [
-        line for record in (run, *(content["config"] for _, content in tested)) for line in command_line(record)
-    ]
+    commands = command_line(run.argv, run.processes) if run else []
+    for _, content in tested:
+        commands += command_line(content["config"].get("argv"), content["config"].get("processes"))
     if commands:
         text += ["", "## Commands", "```bash", *commands, "```"]
-    if run.get("versions"):
-        text += ["", "Versions: " + ", ".join(f"{name} {version}" for name, version in run["versions"].items()) + "."]
+    if run:
+        text += ["", "Versions: " + ", ".join(f"{name} {version}" for name, version in run.versions.items()) + "."]
     return "\n".join(text) + "\n"
 
 
@@ -153,15 +141,18 @@ def _is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
 
 
-def _data_lines(run: dict[str, Any], tested: list[tuple[Path, dict[str, Any]]], index_file: Path | None) -> list[str]:
+def _data_lines(run: RunRecord | None, tested: list[tuple[Path, dict[str, Any]]], index_file: Path | None) -> list[str]:
     """The data files with their hashes; the index file given must be the one that was trained on.
 
     Raises:
         UserError: the index file is another one.
     """
-    hashes = {name: entry.get("sha256") for name, entry in run.get("files", {}).items() if isinstance(entry, dict)}
+    hashes = {name: entry["sha256"] for name, entry in run.files.items()} if run else {}
     for path, content in tested:
-        for name, digest in content["config"]["data_sha256"].items():
+        measured = content["config"].get("data_sha256", {})
+        if not isinstance(measured, dict):
+            raise UserError(f"{path}: data_sha256 is not an object")
+        for name, digest in measured.items():
             if hashes.setdefault(name, digest) != digest:
                 raise UserError(f"{path}: was measured on another {name} file than the model was trained on")
     if index_file is not None:
@@ -175,7 +166,7 @@ def _data_lines(run: dict[str, Any], tested: list[tuple[Path, dict[str, Any]]], 
 def write_card(folder: Path, text: str, overwrite: bool) -> None:
     """Write `README.md`; a text of somebody's own is kept unless `overwrite`."""
     path = folder / "README.md"
-    if path.is_file() and CARD_MARK not in path.read_text(encoding="utf-8") and not overwrite:
+    if path.is_file() and CARD_MARK.encode() not in path.read_bytes() and not overwrite:
         raise UserError(f"{path}: is there already; add --overwrite to replace it, or --keep-card to push it as it is")
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -205,7 +196,7 @@ def push_folder(folder: Path, repo_id: str, private: bool = False, index_file: P
 
 def main(argv: list[str] | None = None) -> None:
     """Write the card and push."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--model-path", required=True, type=Path, help="folder of the model, adapter or delta")
     parser.add_argument("--repo-id", required=True, help="hub repository, owner/name; made if missing")
     parser.add_argument("--results", nargs="*", default=[], type=Path, help="results files of test.py")
@@ -215,6 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--keep-card", action="store_true", help="push the README.md that is there")
     parser.add_argument("--overwrite", action="store_true", help="replace a README.md of somebody's own")
     args = parser.parse_args(argv)
+    silence_libraries()
     if not args.model_path.is_dir():
         raise UserError(f"{args.model_path}: no such folder")
     kind_of(args.model_path)

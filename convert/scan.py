@@ -9,7 +9,6 @@ names that torch, DeepSpeed and transformers themselves write.
 
 from __future__ import annotations
 
-import argparse
 import os
 import pickletools
 import sys
@@ -19,7 +18,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import UserError, run_main
+from arguments import make_parser
+from utils import UserError, is_plain_name, run_main
 
 ARCHIVE = b"PK\x03\x04"  # torch.load's own test; anything else it takes for bare pickles
 DAMAGED = "<cut short or damaged>"
@@ -150,11 +150,6 @@ def scan_checkpoint(folder: str | Path) -> dict[Path, list[str]]:
     return found
 
 
-def is_plain_name(name: str) -> bool:
-    """True for a name of a file or folder without any path in it."""
-    return bool(name) and name not in (".", "..") and not set("/\\\0\n") & set(name)
-
-
 def check_checkpoint(folder: str | Path) -> None:
     """Refuse a checkpoint whose pickles would import foreign code, or cannot be read to the end.
 
@@ -173,7 +168,7 @@ def check_checkpoint(folder: str | Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Scan a folder and say what was found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("folder", help="a checkpoint, or a folder of checkpoints")
     folder = Path(parser.parse_args(argv).folder)
     if not folder.is_dir():

@@ -20,19 +20,19 @@ import polars as pl
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from arguments import make_parser
+from data import read_items
 from data_process.from_table import add_item_flags, frames, item_columns, text_columns
 from data_process.prepare import ITEM_TEXTS, check_name, checked_items
 from data_process.raw_files import BadLines, table_files
-from provenance import note_made, record_path
+from flag_values import plain_name
+from provenance import note_made, record_path, refuse_input
 from utils import UserError, atomic_path, read_json, regular_file, run_main, say
 
 
 def read_names(path: Path, count: int) -> list[str]:
     """The raw names of `<D>.item2id`, row = item. Raises UserError unless it numbers `count` items from 0."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file; without it old items cannot be told from new ones")
     try:
-        lines = regular_file(path).read_bytes().decode("utf-8").split("\n")[:-1]
+        lines = path.read_bytes().decode("utf-8").split("\n")[:-1]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     pairs = [line.rpartition("\t") for line in lines]
@@ -58,8 +58,8 @@ def new_items(files: list[Path], known: list[str], options: object) -> pl.DataFr
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--data_path", default="./data", help="folder that holds <dataset>/")
-    parser.add_argument("--dataset", required=True, help="the running catalogue")
-    parser.add_argument("--new_dataset", required=True, help="name of the one with the new items")
+    parser.add_argument("--dataset", type=plain_name, required=True, help="the running catalogue")
+    parser.add_argument("--new_dataset", type=plain_name, required=True, help="name of the one with the new items")
     add_item_flags(parser)
     parser.add_argument("--skip_bad", action="store_true", help="leave out bad lines instead of ending with an error")
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
@@ -68,26 +68,30 @@ def main(argv: list[str] | None = None) -> None:
     old, new = (Path(options.data_path) / name / name for name in (old_name, new_name))
     if old == new:
         raise UserError(f"--new_dataset {new_name}: is the old one's name")
-    if Path(f"{new}.item.json").exists() and not options.overwrite:
-        raise UserError(f"{new}.item.json is there already; --overwrite replaces it")
+    copied = [kind for kind in ("user2id", "user.json", "review.json", "inter.json") if Path(f"{old}.{kind}").exists()]
+    written = ["item.json", "item2id", *copied]
+    outputs = [Path(f"{new}.{kind}") for kind in written]
+    files = [file for pattern in options.items for file in table_files(pattern)]
+    inputs = [*files, *(regular_file(f"{old}.{kind}") for kind in written)]
+    there = [path for path in outputs if path.exists()]
+    if there and not options.overwrite:
+        raise UserError(f"{there[0]} is there already; --overwrite replaces it")
+    refuse_input(there, inputs)
+    record = record_path(options.data_path, new_name)
+    read_items(Path(f"{old}.item.json"))  # checks it
     items = read_json(f"{old}.item.json")
     names = read_names(Path(f"{old}.item2id"), len(items))
-    files = [file for pattern in options.items for file in table_files(pattern)]
     added = new_items(files, names, options)
     for number, (name, *texts) in enumerate(added.select("item", *ITEM_TEXTS).iter_rows(), len(items)):
         items[str(number)] = dict(zip(ITEM_TEXTS, texts, strict=True))
         names.append(name)
-    copied = [kind for kind in ("user2id", "user.json", "review.json", "inter.json") if Path(f"{old}.{kind}").exists()]
-    written = ["item.json", "item2id", *copied]
     with contextlib.ExitStack() as stack:
         paths = {kind: stack.enter_context(atomic_path(f"{new}.{kind}")) for kind in written}
         paths["item.json"].write_text(json.dumps(items, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         paths["item2id"].write_text("".join(f"{name}\t{n}\n" for n, name in enumerate(names)), encoding="utf-8")
         for kind in copied:
             shutil.copyfile(f"{old}.{kind}", paths[kind])
-    inputs = [*files, *(Path(f"{old}.{kind}") for kind in ("item.json", "item2id", *copied))]
-    outputs = [Path(f"{new}.{kind}") for kind in written]
-    note_made(record_path(options.data_path, new_name), "data_process/add_items.py", outputs, inputs, ("polars",))
+    note_made(record, "data_process/add_items.py", outputs, inputs, ("polars",))
     say(f"{new.parent}: {len(items):,} items, {added.height:,} of them new")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from utils import UserError, parse_json, say
+from utils import UserError, parse_json, regular_file, say
 
 KEY = "OPENAI_API_KEY"
 ATTEMPT = (
@@ -43,11 +43,14 @@ class AnswerFile:
 
     def __post_init__(self) -> None:
         torn = 0
-        if self.path.exists():
-            for line in self.path.read_bytes().splitlines():
+        if os.path.lexists(self.path):
+            for line in regular_file(self.path).read_bytes().splitlines():
                 try:
                     row = parse_json(line)
-                    self.answers.setdefault(row["key"], []).append(row["answer"])
+                    key, answer = row["key"], row["answer"]
+                    if not isinstance(answer, str):
+                        raise ValueError("no text")
+                    self.answers.setdefault(key, []).append(answer)
                 except (ValueError, TypeError, KeyError):
                     torn += bool(line.strip())
         if torn:
@@ -55,17 +58,22 @@ class AnswerFile:
 
     def keep(self, key: str, answer: str, tokens: dict[str, int]) -> None:
         """Add an answer, on the disk at once. The API key never gets there, even if the endpoint repeats it."""
-        answer = without_secret(answer, self.secret)
+        answer = without_secret(
+            answer.encode("utf-8", "replace").decode(), self.secret
+        )  # or it could not be read again
         self.answers.setdefault(key, []).append(answer)
         for name, count in tokens.items():
             self.tokens[name] += count
         line = json.dumps({"key": key, "answer": answer, "tokens": tokens}, ensure_ascii=True) + "\n"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab+") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                line = line if file.read(1) == b"\n" else "\n" + line
-            file.write(line.encode())
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab+") as file:
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    line = line if file.read(1) == b"\n" else "\n" + line
+                file.write(line.encode())
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); the same command goes on") from None
 
 
 @dataclass
@@ -157,7 +165,7 @@ class Endpoint:
             again = error.status_code in (408, 409, 429) or error.status_code >= 500
             tried = f" even after {self.retries + 1} tries" if again else ""
             raise self._error(error, f"says {error.status_code}{tried}") from None
-        except (openai.APIError, ValueError) as error:  # the answer's body is not what the client knows
+        except (openai.APIError, ValueError, RecursionError) as error:  # the answer's body is not what the client knows
             keep(key, f"unreadable: {type(error).__name__}", {})
             return
         self.answered += 1

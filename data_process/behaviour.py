@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from arguments import make_parser
 from data import read_inters, read_items
+from flag_values import array_file, plain_name, real, whole
 from item_vectors import neighbours
-from provenance import note_made, record_path
+from provenance import note_made, record_path, refuse_input
 from utils import UserError, atomic_path, run_main, say
 
 # Of the mean degree, added to every degree: without it pairs that met nobody else fill the leading vectors.
@@ -100,20 +101,22 @@ def text_embeddings(path: Path, n_items: int) -> np.ndarray:
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--data_path", required=True, help="folder that holds <dataset>/")
-    parser.add_argument("--dataset", required=True, help="name of the dataset")
+    parser.add_argument("--dataset", type=plain_name, required=True, help="name of the dataset")
     parser.add_argument("--text", required=True, type=Path, help="text embeddings (data_process/embed.py)")
-    parser.add_argument("--output_file", required=True, type=Path, help=".npy to write")
-    parser.add_argument("--width", type=int, default=64, help="numbers that tell of behaviour, at most")
-    parser.add_argument("--window", type=int, default=5, help="steps between two items of a pair at most")
-    parser.add_argument("--weight", type=float, default=1.0, help="length of the behaviour's part; the text's is 1")
+    parser.add_argument("--output_file", required=True, type=array_file, help=".npy to write")
+    parser.add_argument("--width", type=whole(1), default=64, help="numbers that tell of behaviour, at most")
+    parser.add_argument("--window", type=whole(1, 10**6), default=5, help="steps between two items of a pair at most")
+    parser.add_argument(
+        "--weight", type=real(0, below=1e9, above_low=True), default=1.0, help="length of that part; the text's is 1"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     args = parser.parse_args(argv)
+    refuse_input([args.output_file], [args.text])
     if args.output_file.exists() and not args.overwrite:
         raise UserError(f"{args.output_file}: is there already; give --overwrite to replace it")
+    record = record_path(args.data_path, args.dataset)
     stem = Path(args.data_path) / args.dataset / args.dataset
     n_items = len(read_items(Path(f"{stem}.item.json"))[0])
-    if args.width < 1 or args.window < 1 or args.weight <= 0:
-        raise UserError("--width and --window must be at least 1, --weight above 0")
     histories = [items[:-2] for items in read_inters(Path(f"{stem}.inter.json"), n_items).values()]
     counts = cooccurrence(histories, n_items, args.window)
     degrees = np.asarray(counts.sum(axis=1)).ravel()
@@ -125,7 +128,6 @@ def main(argv: list[str] | None = None) -> None:
     with atomic_path(args.output_file) as temporary, open(temporary, "wb") as file:
         np.save(file, joined.astype(np.float32))
     inputs = [Path(f"{stem}.item.json"), Path(f"{stem}.inter.json"), args.text]
-    record = record_path(args.data_path, args.dataset)
     note_made(record, "data_process/behaviour.py", [args.output_file], inputs, ("numpy", "scipy"))
     alone = int((degrees == 0).sum())
     say(f"{args.output_file}: {n_items} items, {joined.shape[1]} numbers each; {alone} items met no other in training")

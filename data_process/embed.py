@@ -13,6 +13,7 @@ are kept in `<output>.parts/` until the end: the same command after a kill goes 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import sys
 from functools import partial
@@ -24,7 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from arguments import make_parser
 from data_process.item_texts import CLEANERS, ItemTexts, item_texts, parse_fields
 from data_process.text_vectors import Parts, Team, encode_parts, gather_rows
-from provenance import note_made, record_path
+from flag_values import array_file, plain_name, whole
+from folders import locked
+from provenance import note_made, record_in
 from quiet import silence_libraries
 from utils import UserError, is_main, local_rank, read_json, run_main, say, versions, world_size
 
@@ -33,10 +36,16 @@ def encoder_device(name: str) -> str:
     """`--device`, this process's own GPU under torchrun, or the CPU, said in one line, where CUDA is absent."""
     import torch
 
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name}: no such device; use cpu or cuda:0")
+    if kind == "cuda" and not torch.cuda.is_available():
         say(f"no CUDA here: --device {name} becomes cpu")
         return "cpu"
-    if not name.startswith("cuda") or world_size() == 1:
+    if kind != "cuda" or world_size() == 1:
         return name
     if local_rank() >= torch.cuda.device_count():
         raise UserError(f"{torch.cuda.device_count()} GPUs here: start as many processes a node, or give --device cpu")
@@ -64,8 +73,10 @@ def plan_of(args: argparse.Namespace, texts: ItemTexts, parts: Parts) -> dict[st
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument("--data_path", default="./data", help="folder that holds the datasets' folders")
-    parser.add_argument("--dataset", default="Games", help="name D of the dataset: reads <data_path>/D/D.item.json")
-    parser.add_argument("--plm_name", default="minilm", help="name of the model in the output file's name")
+    parser.add_argument("--dataset", type=plain_name, default="Games", help="D: reads <data_path>/D/D.item.json")
+    parser.add_argument(
+        "--plm_name", type=plain_name, default="minilm", help="name of the model in the output file's name"
+    )
     parser.add_argument("--model_path", required=True, help="folder or hub id of the language model")
     parser.add_argument(
         "--fields", default="title,description", help="fields of an item and their weights: title:2,brand"
@@ -75,10 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--text", choices=CLEANERS, default="clean", help=way)
     parser.add_argument("--missing_text", help="text for items that have none; without it such an item is an error")
     parser.add_argument(
-        "--max_sent_len", type=int, default=2048, help="tokens of a field at most, or the model's limit"
+        "--max_sent_len", type=whole(1), default=2048, help="tokens of a field at most, or the model's limit"
     )
-    parser.add_argument("--batch_size", type=int, default=32, help="texts encoded at once")
-    parser.add_argument("--part_size", type=int, default=0, help="texts between two savings; 0: 256 or more")
+    parser.add_argument("--batch_size", type=whole(1), default=32, help="texts encoded at once")
+    parser.add_argument("--part_size", type=whole(0), default=0, help="texts between two savings; 0: 256 or more")
     parser.add_argument("--device", default="cuda:0", help="where the model runs; without CUDA the CPU")
     dtypes = ("float32", "bfloat16", "float16")
     parser.add_argument(
@@ -86,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--bf16", dest="dtype", action="store_const", const="bfloat16", help="= --dtype bfloat16")
     parser.add_argument(
-        "--output_file", type=Path, help="default: <data_path>/D/D.emb-<plm_name>-<initials of fields>.npy"
+        "--output_file", type=array_file, help="default: <data_path>/D/D.emb-<plm_name>-<initials of fields>.npy"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the output and parts of another run")
     return parser
@@ -94,15 +105,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
-    for flag, least in (("max_sent_len", 1), ("batch_size", 1), ("part_size", 0)):
-        if getattr(args, flag) < least:
-            raise UserError(f"--{flag} {getattr(args, flag)}: must be at least {least}")
     fields = parse_fields(args.fields)
     source = Path(args.data_path) / args.dataset / f"{args.dataset}.item.json"
     initials = "".join(field[0] for field in fields)
     target = args.output_file or source.with_name(f"{args.dataset}.emb-{args.plm_name}-{initials}.npy")
     if target.exists() and not args.overwrite:
         raise UserError(f"{target} is there already; --overwrite replaces it")
+    record = record_in(target.parent, args.dataset)
     texts = item_texts(read_json(source), source, fields, args.text, args.missing_text)
 
     from data_process.encoder import encode, load_encoder, longest_input
@@ -112,14 +121,20 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer, model = load_encoder(args.model_path, args.device, args.dtype)
     max_len = longest_input(model, args.max_sent_len)
     parts = Parts.of(target.with_name(f"{target.name}.parts"), texts.texts, args.part_size)
-    team = Team()
-    run = parts.begin(plan_of(args, texts, parts), args.overwrite, team)
-    settings = {"max_len": max_len, "batch_size": args.batch_size, "pooling": args.pooling}
-    encode_parts(parts, texts.texts, partial(encode, tokenizer=tokenizer, model=model, **settings), run, team)
+    with locked(target) if is_main() else contextlib.nullcontext():
+        team = Team()
+        run = parts.begin(plan_of(args, texts, parts), args.overwrite, team)
+        settings = {"max_len": max_len, "batch_size": args.batch_size, "pooling": args.pooling}
+        try:
+            encode_parts(parts, texts.texts, partial(encode, tokenizer=tokenizer, model=model, **settings), run, team)
+        except UserError:
+            if is_main() and not any(parts.folder.glob("part-*.npy")):
+                parts.remove()
+            raise
+        if is_main():
+            items, hidden = gather_rows(parts, texts.fields, texts.weights, target)
+            parts.remove()
     if is_main():
-        items, hidden = gather_rows(parts, texts.fields, texts.weights, target)
-        parts.remove()
-        record = target.with_name(record_path("", args.dataset).name)
         note_made(record, "data_process/embed.py", [target], [source], ("torch", "transformers"))
         say(f"{target}: {items:,} items × {hidden} numbers from {len(texts.texts):,} different texts")
     team.close()

@@ -8,7 +8,6 @@ folder set up for pip (`PIP_FIND_LINKS`, `PIP_INDEX_URL`) is used as usual.
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from arguments import make_parser
 from utils import UserError, run_main
 
 # name → (wheel, version, a file that must be inside; the folder of that file is what the user wants)
@@ -65,7 +65,7 @@ def fetch(name: str) -> Path:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("part", choices=PARTS)
     print(fetch(parser.parse_args(argv).part))
 

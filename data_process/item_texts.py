@@ -66,7 +66,7 @@ def parse_fields(text: str) -> dict[str, float]:
             value = float(weight or 1)
         except ValueError:
             value = math.nan
-        if not name or name in fields or not 0 < value < math.inf:
+        if not re.match(r"\w", name) or name in fields or not 0 < value < math.inf:
             raise UserError(f"--fields {text}: {part!r} is not a new name with a weight above 0, such as title:2")
         fields[name] = value
     return fields

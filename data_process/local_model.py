@@ -9,6 +9,9 @@ from typing import Any
 
 from data_process.answers import Ask, Keep
 from data_process.pretrained import load_pretrained
+from quiet import silence_libraries
+from reading import faults_said
+from utils import time_limit
 
 # how an answer begins: given to the model, so that small ones keep to the form
 BEGINNINGS = {"preferences": '{"preferences": ["', "user_intention": '{"user_intention": "'}
@@ -33,6 +36,7 @@ class LocalModel:
         if not self._loaded:
             from transformers import AutoModelForCausalLM
 
+            silence_libraries()
             found = load_pretrained(self.path, "--local_model", AutoModelForCausalLM, self.device, self.dtype)
             found[0].padding_side = found[0].truncation_side = "left"
             self._loaded = found
@@ -60,7 +64,13 @@ class LocalModel:
         if not tokenizer.chat_template:
             return f"{system}\n\n{prompt}\n\n"
         messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        with (
+            faults_said("--local_model", "chat template"),
+            time_limit("--local_model: its chat template never ends"),
+        ):
+            return tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )  # jinja's sandbox
 
     def _generate(self, texts: list[str], attempt: int) -> list[tuple[str, dict[str, int]]]:
         import torch

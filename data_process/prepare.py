@@ -33,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data_process.cleaning import cleaned
 from data_process.dataset_files import DATASET_KINDS, Chosen, write_dataset
 from data_process.raw_files import BadLines
-from provenance import note_made, record_path
+from flag_values import real, whole
+from provenance import note_made, record_path, refuse_input
 from utils import UserError, say
 
 SHORTEST = 3  # leave-one-out: one item to learn from, one to validate, one to test
@@ -63,14 +64,14 @@ def add_preparation_flags(parser: argparse.ArgumentParser, dataset_help: str = "
     add = parser.add_argument
     add("--data_path", "--output_path", default="./data", help="folder that will hold <dataset>/")
     add("--dataset", help=dataset_help)
-    add("--user_k", type=int, default=5, help="fewest interactions of a user; at least 3 are needed")
-    add("--item_k", type=int, default=5, help="fewest interactions of an item")
-    add("--k_core", type=int, help="sets --user_k and --item_k")
-    add("--min_rating", type=float, help="leave out lower ratings")
-    add("--st_year", type=int, help="leave out what is older than the start of this year")
-    add("--st_month", type=int, default=1, help="… of this month of --st_year (UTC)")
-    add("--ed_year", type=int, help="leave out what is from this year on")
-    add("--ed_month", type=int, default=1, help="… from this month of --ed_year on (UTC)")
+    add("--user_k", type=whole(1), default=5, help="fewest interactions of a user; at least 3 are needed")
+    add("--item_k", type=whole(1), default=5, help="fewest interactions of an item")
+    add("--k_core", type=whole(1), help="sets --user_k and --item_k")
+    add("--min_rating", type=real(-1e9, below=1e9), help="leave out lower ratings")
+    add("--st_year", type=whole(1, 9999), help="leave out what is older than the start of this year")
+    add("--st_month", type=whole(1, 12), default=1, help="… of this month of --st_year (UTC)")
+    add("--ed_year", type=whole(1, 9999), help="leave out what is from this year on")
+    add("--ed_month", type=whole(1, 12), default=1, help="… from this month of --ed_year on (UTC)")
     equal = "order of interactions of one time: by item, or as the file's lines"
     add("--equal_times", choices=("item", "line"), default="item", help=equal)
     add("--skip_bad", action="store_true", help="leave out bad lines instead of ending with an error")
@@ -82,11 +83,6 @@ def rules_of(options: argparse.Namespace) -> Rules:
     """The flags' values, checked. Raises UserError."""
     if options.k_core is not None:
         options.user_k = options.item_k = options.k_core
-    for flag in ("user_k", "item_k"):
-        if getattr(options, flag) < 1:
-            raise UserError(f"--{flag} {getattr(options, flag)}: must be at least 1")
-    if options.min_rating is not None and not np.isfinite(options.min_rating):
-        raise UserError(f"--min_rating {options.min_rating}: must be a finite number")
     start, end = (_month(options, edge) for edge in ("st", "ed"))
     if start is not None and end is not None and start >= end:
         raise UserError("the time window is empty: --st_year and --st_month must come before --ed_year and --ed_month")
@@ -95,12 +91,7 @@ def rules_of(options: argparse.Namespace) -> Rules:
 
 def _month(options: argparse.Namespace, edge: str) -> float | None:
     year, month = getattr(options, f"{edge}_year"), getattr(options, f"{edge}_month")
-    if year is None:
-        return None
-    try:
-        return datetime.datetime(year, month, 1, tzinfo=datetime.UTC).timestamp()
-    except ValueError as error:
-        raise UserError(f"--{edge}_year {year} --{edge}_month {month}: {error}") from None
+    return None if year is None else datetime.datetime(year, month, 1, tzinfo=datetime.UTC).timestamp()
 
 
 def check_name(dataset: str | None) -> str:
@@ -329,6 +320,8 @@ def prepare_dataset(
     there = [folder / f"{dataset}.{kind}" for kind in DATASET_KINDS if (folder / f"{dataset}.{kind}").exists()]
     if there and not options.overwrite:
         raise UserError(f"{there[0]} is there already; --overwrite replaces it")
+    refuse_input(there, inputs)
+    record = record_path(options.data_path, dataset)
     with staging(folder) as place:
         staged = stage(
             checked_interactions(interactions, bad, rules.min_rating is not None),
@@ -344,5 +337,5 @@ def prepare_dataset(
         with_text = texts.filter((pl.col("title") != "") | (pl.col("description") != ""))
         chosen = choose(staged, with_text, rules, str(inputs[0]))
         written = write_dataset(folder, dataset, chosen, staged, with_text, place)
-    note_made(record_path(options.data_path, dataset), step, written, inputs, ("polars", "numpy"))
+    note_made(record, step, written, inputs, ("polars", "numpy"))
     return folder

@@ -197,6 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     there = [path for kind in DATASET_KINDS if (path := folder / f"{dataset}.{kind}").exists()]
     if there and not options.overwrite:
         raise UserError(f"{there[0]} is there already; --overwrite replaces it")
+    record = record_path(options.data_path, dataset)
     parquet = options.parquet or str(folder.resolve() / f"{dataset}.parquet")
     spark = session(options.master)
     try:
@@ -207,9 +208,7 @@ def main(argv: list[str] | None = None) -> None:
         written = write_files(folder, dataset, parquet, place)
     sources = [*options.interactions, *options.items]
     local = [file for source in sources if Path(source).exists() for file in table_files(source)]
-    note_made(
-        record_path(options.data_path, dataset), "data_process/prepare_spark.py", written, local, ("pyspark", "polars")
-    )
+    note_made(record, "data_process/prepare_spark.py", written, local, ("pyspark", "polars"))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from convert.hub import local_or_hub, reason
+from convert.hub import local_or_hub
+from reading import check_model_folder, faults_said, load_model
 from utils import UserError
 
 
@@ -26,20 +27,22 @@ def load_pretrained(name: str, flag: str, model_class: Any, device: Any, dtype: 
 
     path = local_or_hub(name, flag)
     try:
-        settings = {
-            "config.json": PreTrainedConfig.get_config_dict(path)[0],
-            "tokenizer_config.json": get_tokenizer_config(path),
-        }
-        for file, content in settings.items():
-            if "auto_map" in content:
-                raise UserError(
-                    f"{flag} {name}: its {file} asks for code of its own (auto_map), which is not run; "
-                    "use a model that transformers knows"
-                )
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model = model_class.from_pretrained(path, dtype=getattr(torch, dtype), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"{flag} {name}: no model could be loaded ({reason(error)})") from None
+        check_model_folder(path)
+        with faults_said(path, "model"):
+            settings = {
+                "config.json": PreTrainedConfig.get_config_dict(path)[0],
+                "tokenizer_config.json": get_tokenizer_config(path),
+            }
+            for file, content in settings.items():
+                if "auto_map" in content:
+                    raise UserError(
+                        f"{name}: its {file} asks for code of its own (auto_map), which is not run; "
+                        "use a model that transformers knows"
+                    )
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model = load_model(path, getattr(torch, dtype), model_class)
+    except UserError as error:
+        raise UserError(f"{flag} {error}") from None
     if tokenizer.pad_token is None:  # LLaMA and most decoders; the attention mask keeps padding out
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer, model.eval().to(device)

@@ -211,7 +211,10 @@ def header(path: Path, layout: Layout) -> list[str]:
         line = head_line(path).decode("utf-8")
     except UnicodeDecodeError:
         raise UserError(f"{path}: line 1 is not UTF-8") from None
-    names = [name.strip() for name in next(csv.reader([line], delimiter=layout.separator, quoting=quoting), [])]
+    try:
+        names = [name.strip() for name in next(csv.reader([line], delimiter=layout.separator, quoting=quoting), [])]
+    except csv.Error as error:
+        raise UserError(f"{path}: line 1 names no fields ({error})") from None
     if layout.quoted and line.count('"') % 2:
         raise UserError(f"{path}: line 1: a field's name has a line break, or a quote stays open")
     if layout.typed and not all(":" in name for name in names) or not names:
@@ -327,12 +330,15 @@ def _as_text(name: str, kind: pl.DataType) -> pl.Expr:
 def table_files(pattern: str) -> list[Path]:
     """The files of a path, a folder (all Parquet, CSV and JSONL files in it, or below it) or a pattern, sorted by name."""
     path = Path(pattern)
-    if path.is_dir():
+    if pattern and path.is_dir():
         found = sorted(file for file in path.rglob("*") if table_kind(file) and not file.name.startswith(("_", ".")))
     else:
-        found = [path] if path.exists() else sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+        try:
+            found = [path] if pattern and path.exists() else sorted(Path(path.anchor).glob(pattern.lstrip("/")))
+        except (NotImplementedError, ValueError, re.error):
+            found = []
     if not found:
-        raise UserError(f"{pattern}: no such file, or no table in this folder (.csv, .tsv, .jsonl, .parquet)")
+        raise UserError(f"{pattern!r}: no such file, or no table in this folder (.csv, .tsv, .jsonl, .parquet)")
     return found
 
 

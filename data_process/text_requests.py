@@ -85,7 +85,7 @@ def read_reviews(path: Path, inters: dict[str, list[int]]) -> dict[str, list[Rev
             for name in ("text", "summary"):
                 if not isinstance(row.get(name) or "", str):
                     raise UserError(f"{where}: {name!r} of review {place} is no text")
-            if rating is not None and (isinstance(rating, bool) or not isinstance(rating, int | float)):
+            if rating is not None and not (type(rating) in (int, float) and abs(rating) < 1e9):  # nor NaN
                 raise UserError(f"{where}: 'rating' of review {place} is neither a number nor null")
         found[user] = [Review(_whole_text(row), row.get("rating")) for row in rows]
     return found
@@ -165,7 +165,7 @@ def _first_object(answer: str) -> dict[str, Any] | None:
     while start >= 0:
         try:
             content, _ = decoder.raw_decode(answer, start)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):  # no JSON, or a number of thousands of digits
             start = answer.find("{", start + 1)
             continue
         return content

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from reading import read_array
 from utils import UserError, atomic_path, is_main, read_json, say, world_size, write_json
 
 PART_TEXTS, MOST_PARTS = 256, 4096
@@ -81,6 +82,15 @@ class Parts:
     def path(self, part: int) -> Path:
         """Where a part's vectors are: float32 (its texts, hidden)."""
         return self.folder / f"part-{part:06d}.npy"
+
+    def read(self, part: int) -> np.ndarray:
+        """A part's vectors. Raises UserError if its file is damaged."""
+        vectors = read_array(self.path(part))
+        if vectors.ndim != 2 or len(vectors) != len(self.numbers(part)):
+            raise UserError(
+                f"{self.path(part)}: has the shape {vectors.shape}; remove it, and the same command goes on"
+            )
+        return vectors
 
     def begin(self, plan: dict[str, Any], overwrite: bool, team: Team) -> str:
         """Start or go on with a run; what it is called, the same in every process.
@@ -176,11 +186,11 @@ def gather_rows(parts: Parts, fields: np.ndarray, weights: np.ndarray, target: P
         items, places = items[by_part], places[by_part]
         ends = np.searchsorted(places // parts.size, np.arange(len(parts) + 1))
         wanted.append((items, places % parts.size, weights[items, column, None], ends))
-    hidden = np.load(parts.path(0), mmap_mode="r").shape[1]
+    hidden = parts.read(0).shape[1]
     with atomic_path(target) as path:
         rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(len(fields), hidden))
         for part in range(len(parts)):
-            vectors = np.load(parts.path(part), mmap_mode="r")
+            vectors = parts.read(part)
             for items, inside, weight, ends in wanted:
                 here = slice(ends[part], ends[part + 1])
                 rows[items[here]] += weight[here] * vectors[inside[here]]

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from arguments import make_parser
 from data import read_inters, read_items
 from data_process.prepare import check_name
+from flag_values import whole
 from utils import UserError, atomic_path, read_json, run_main, say
 
 ITEM_FIELDS = {"title": "title:token_seq", "categories": "categories:token_seq", "brand": "brand:token_seq"}
@@ -73,7 +74,7 @@ def item_lines(items: dict[str, dict]) -> Iterator[str]:
     yield "\t".join(["item_id:token", *ITEM_FIELDS.values()])
     for item, entry in items.items():
         values = (entry.get(field) or "" for field in ITEM_FIELDS)
-        texts = (" ".join(value) if isinstance(value, list) else str(value) for value in values)
+        texts = (" ".join(map(str, value)) if isinstance(value, list) else str(value) for value in values)
         yield "\t".join([item, *(" ".join(text.split()) for text in texts)])
 
 
@@ -82,14 +83,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data_path", default="./data", help="folder that holds <dataset>/")
     parser.add_argument("--dataset", required=True, help="name of the dataset")
     parser.add_argument("--target", default="./recbole", help="folder that will hold <dataset>/ as RecBole's data_path")
-    parser.add_argument("--max_his_len", type=int, default=20, help="items of history at most; -1: all")
+    parser.add_argument("--max_his_len", type=whole(-1), default=20, help="items of history at most; -1: all")
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     options = parser.parse_args(argv)
     dataset, folder = check_name(options.dataset), Path(options.target) / options.dataset
     source = Path(options.data_path) / dataset / dataset
+    titles, _ = read_items(Path(f"{source}.item.json"))
     if folder.exists() and folder.samefile(source.parent):
         raise UserError(f"--target {options.target}: is the dataset's own folder; name another")
-    titles, _ = read_items(Path(f"{source}.item.json"))
     inters = read_inters(Path(f"{source}.inter.json"), len(titles))
     longest = max(map(len, inters.values())) if options.max_his_len < 1 else options.max_his_len
     config = CONFIG.format(dataset=dataset, folder=json.dumps(str(Path(options.target).resolve())), longest=longest)

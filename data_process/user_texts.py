@@ -14,6 +14,8 @@ there. A target's title never stands in its intention. `made_by` in the file say
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -40,6 +42,8 @@ from data_process.text_requests import (
     read_reviews,
     requests_of,
 )
+from flag_values import SEEDS, plain_name, real, whole
+from folders import locked
 from provenance import note_made, record_path
 from utils import UserError, parse_json, read_json, run_main, say, write_json
 
@@ -182,7 +186,7 @@ def parse_settings(text: str) -> dict[str, Any]:
     except ValueError:
         settings = None
     if not isinstance(settings, dict) or settings.keys() & {"model", "messages", "stream", "n"}:
-        raise UserError(f'--settings {text}: must be a JSON object such as {{"max_completion_tokens": 300}}')
+        raise UserError(f'--settings {text[:80]}: must be a JSON object such as {{"max_completion_tokens": 300}}')
     return settings
 
 
@@ -192,46 +196,47 @@ def parse_settings(text: str) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     parser.add_argument("--data_path", default="./data", help="folder that holds <dataset>/")
-    parser.add_argument("--dataset", required=True, help="name of the dataset")
-    parser.add_argument("--seed", type=int, default=42, help="of the choice of title words, and of sampled answers")
+    parser.add_argument("--dataset", type=plain_name, required=True, help="name of the dataset")
+    parser.add_argument("--seed", type=SEEDS, default=42, help="of the choice of title words, and of sampled answers")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it is there; kept answers stay")
     group = parser.add_argument_group("texts of a language model")
     group.add_argument("--base_url", help="OpenAI-compatible endpoint; its key is read from OPENAI_API_KEY")
     group.add_argument("--model", help="name of the endpoint's model")
     group.add_argument("--local_model", help="instead of an endpoint: folder or hub id of a causal LM, run here")
     group.add_argument("--reviews", type=Path, help="default: <D>.review.json, if it is there")
-    group.add_argument("--concurrency", type=int, default=8, help="questions on their way at once")
-    group.add_argument("--retries", type=int, default=8, help="of a call that fails (429, 5xx, silence), ever later")
-    group.add_argument("--timeout", type=float, default=60.0, help="seconds until silence is a failure")
-    group.add_argument("--tries", type=int, default=3, help="times that a question with malformed answers is asked")
-    group.add_argument("--max_tokens", type=int, default=200, help="of an answer")
-    group.add_argument("--temperature", type=float, default=0.7, help="of sampling (local: from the second try on)")
+    group.add_argument("--concurrency", type=whole(1), default=8, help="questions on their way at once")
+    group.add_argument(
+        "--retries", type=whole(0), default=8, help="of a call that fails (429, 5xx, silence), ever later"
+    )
+    group.add_argument(
+        "--timeout", type=real(0, below=1e6, above_low=True), default=60.0, help="seconds until silence is a failure"
+    )
+    group.add_argument(
+        "--tries", type=whole(1), default=3, help="times that a question with malformed answers is asked"
+    )
+    group.add_argument("--max_tokens", type=whole(1), default=200, help="of an answer")
+    group.add_argument(
+        "--temperature", type=real(0, below=1e3), default=0.7, help="of sampling (local: from the second try on)"
+    )
     of_endpoint = 'JSON object sent in place of temperature, max_tokens and seed: {"max_completion_tokens": 300}'
     group.add_argument("--settings", help=of_endpoint)
-    group.add_argument("--batch_size", type=int, default=8, help="questions answered at once (local)")
+    group.add_argument("--batch_size", type=whole(1), default=8, help="questions answered at once (local)")
     dtypes = ("float32", "bfloat16", "float16")
     group.add_argument("--dtype", choices=dtypes, default="float32", help="of the weights (local)")
     group.add_argument("--dry_run", action="store_true", help="print calls, tokens and cost; ask and write nothing")
-    group.add_argument("--price_in", type=float, help="dollars for a million tokens of questions")
-    group.add_argument("--price_out", type=float, help="dollars for a million tokens of answers")
+    group.add_argument("--price_in", type=real(0, below=1e9), help="dollars for a million tokens of questions")
+    group.add_argument("--price_out", type=real(0, below=1e9), help="dollars for a million tokens of answers")
     return parser
 
 
 def refuse_flags(options: argparse.Namespace) -> None:
-    """Refuse flags that do not go together or are out of range. Raises UserError."""
+    """Refuse flags that do not go together. Raises UserError."""
     if options.base_url and options.local_model:
         raise UserError("--base_url and --local_model: give one of them")
     if bool(options.base_url) != bool(options.model):
         raise UserError("--base_url and --model: give both")
     if options.dry_run and not (options.base_url or options.local_model):
         raise UserError("--dry_run: texts by rule cost nothing; give --base_url and --model")
-    for flag, least in (("concurrency", 1), ("retries", 0), ("tries", 1), ("max_tokens", 1), ("batch_size", 1)):
-        if getattr(options, flag) < least:
-            raise UserError(f"--{flag} {getattr(options, flag)}: must be at least {least}")
-    for flag in ("timeout", "temperature", "price_in", "price_out"):
-        value = getattr(options, flag)
-        if value is not None and not (value > 0 if flag == "timeout" else 0 <= value < float("inf")):
-            raise UserError(f"--{flag} {value}: out of range")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -241,6 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     target = Path(f"{stem}.user.json")
     if target.exists() and not options.overwrite and not options.dry_run:
         raise UserError(f"{target} is there already; --overwrite replaces it")
+    note = record_path(options.data_path, options.dataset)
     titles, _ = read_items(Path(f"{stem}.item.json"))
     inters = read_inters(Path(f"{stem}.inter.json"), len(titles))
     entries = read_json(f"{stem}.item.json")
@@ -248,8 +254,11 @@ def main(argv: list[str] | None = None) -> None:
     found, record, inputs = None, {"method": "rule"}, [Path(f"{stem}.inter.json"), Path(f"{stem}.item.json")]
     if options.base_url or options.local_model:
         path = options.reviews or Path(f"{stem}.review.json")
-        reviews = read_reviews(path, inters) if options.reviews or path.exists() else {}
-        result = texts_by_model(Sources(inters, items, reviews), target, options)
+        reviews = read_reviews(path, inters) if options.reviews or os.path.lexists(path) else {}
+        with (
+            contextlib.nullcontext() if options.dry_run else locked(target)
+        ):  # two at once would pay for each answer twice
+            result = texts_by_model(Sources(inters, items, reviews), target, options)
         if result is None:
             return
         found, record = result
@@ -257,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
         inputs += [path] if reviews else []
     made_by = {"program": "data_process/user_texts.py", "seed": options.seed} | record
     write_json(target, {"made_by": made_by} | user_texts(inters, items, options.seed, found), indent=1)
-    note_made(record_path(options.data_path, options.dataset), "data_process/user_texts.py", [target], inputs)
+    note_made(note, "data_process/user_texts.py", [target], inputs)
     say(f"{target}: preferences and intentions of {len(inters):,} users, made by {record.get('model', 'rule')}")
 
 

@@ -31,6 +31,8 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     epoch, weights = content["epoch"], content["state_dict"]
     if not isinstance(epoch, int) or not -1 <= epoch < 10**9:
         raise InputError(f"{path}: its epoch is {str(epoch)[:40]!r}; expected a whole number")
+    if not isinstance(content.get("resume", {}), dict):
+        raise InputError(f"{path}: its resume holds no random state")
     if not isinstance(weights, dict) or not weights:
         raise InputError(f"{path}: its state_dict holds no weights")
     for name, value in weights.items():
@@ -99,7 +101,7 @@ def prune(folder: Path, limit: int) -> None:
     newest = files[len(files) - min(limit, len(files)) :]
     for entry in files:
         if entry not in best and entry not in newest:
-            entry[2].unlink()
+            entry[2].unlink(missing_ok=True)  # by another process that goes on with the same run
 
 
 def newest_checkpoint(path: str | Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from commands import InputError
@@ -49,6 +50,13 @@ def decimal(low: float, high: float = math.inf, *, without_low: bool = False) ->
 
     end = "" if high == math.inf else f" and below {high:g}"
     return _kind(f"a number {'above' if without_low else 'of at least'} {low:g}{end}", convert)
+
+
+def file_path(text: str) -> Path:
+    """The path of a file."""
+    if Path(text).name in ("", "..") or text.endswith("/"):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not the name of a file")
+    return Path(text)
 
 
 def epsilon(text: str) -> float:

@@ -32,7 +32,7 @@ from commands import InputError, run_command, tell, use_device
 from embeddings import Embeddings
 from extension import extend, read_index
 from figures import figures_in_words, index_figures
-from flag_kinds import CODES, LEVELS, SEED, FlagParser, integer
+from flag_kinds import CODES, LEVELS, SEED, FlagParser, file_path, integer
 from index_report import draw, groups_of, item_titles, title_examples
 from methods import METHODS, Index, Options
 from output_files import check_place, clear_leftovers, save_json, written_whole
@@ -43,12 +43,12 @@ def index_parser() -> FlagParser:
     """The flags, each with what its values may be."""
     parser = FlagParser(description=__doc__)
     add = parser.add_argument_group("files and machine").add_argument
-    add("--output_file", type=Path, required=True, help="index file to write, e.g. data/Games/Games.index.json")
+    add("--output_file", type=file_path, required=True, help="index file to write, e.g. data/Games/Games.index.json")
     add("--overwrite", action="store_true", help="replace an index file that is there")
     add("--ckpt_path", default="", help="rqvae: checkpoint, run folder, or the --ckpt_dir of main.py (its newest run)")
     add("--data_path", default="", help="embeddings; without the flag those that the checkpoint was trained on")
     titles = "titles for the report; without the flag <D>.item.json beside the index, if there"
-    add("--item_file", type=Path, help=titles)
+    add("--item_file", type=file_path, help=titles)
     add("--device", default="cuda:0", help="cuda:0, cpu, …; without CUDA the CPU")
     add("--batch_size", type=integer(1), default=4096, help="items encoded at once")
 

@@ -79,7 +79,7 @@ def load_json(path: str | Path) -> Any:
         return content
 
     try:
-        return json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=once)
+        return json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=once)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except RecursionError:

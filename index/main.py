@@ -140,8 +140,9 @@ def check_training_flags(args: argparse.Namespace) -> None:
     """
     if len(args.num_emb_list) > LEVELS:
         raise InputError(f"--num_emb_list: {LEVELS} levels at most, a letter each")
-    if len(args.sk_epsilons) != len(args.num_emb_list):
-        counts = f"{len(args.sk_epsilons)} values, --num_emb_list {len(args.num_emb_list)}"
+    epsilons = args.sk_epsilons or []  # a checkpoint may hold none
+    if len(epsilons) != len(args.num_emb_list):
+        counts = f"{len(epsilons)} values, --num_emb_list {len(args.num_emb_list)}"
         raise InputError(f"--sk_epsilons has {counts}; give one a level")
     if args.init == "pca" and (args.bn or min(args.layers) < 2):
         raise InputError("--init pca: needs hidden layers of 2 units at least and no batch normalisation")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abuse_world import Abuse, both, copy, edit, folder, json_rows, link, loop, pipe, put, remove, rename, write
+from abuse_check import Abuse, both, copy, edit, folder, json_rows, link, loop, pipe, put, remove, rename, write
 
 INTER, ITEM, INDEX, USER = (f"toy/toy.{kind}.json" for kind in ("inter", "item", "index", "user"))
 PROMPTS = ("--prompt_file", "{w}/prompts.json")

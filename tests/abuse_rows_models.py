@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import torch
-from abuse_world import (
+from abuse_check import (
     Abuse,
     both,
     copy,

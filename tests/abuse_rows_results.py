@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from abuse_world import Abuse, cut, device, drop, folder, json_rows, loop, pipe, put, remove, write
+from abuse_check import Abuse, cut, device, drop, folder, json_rows, loop, pipe, put, remove, write
 
 RESULTS, PREDICTIONS = "results/r.json", "results/r.predictions.jsonl"
 

@@ -1,16 +1,10 @@
-"""finetune.py that also writes down, for each process, its log and the texts of every micro-batch that it trained on.
-
-torchrun … tests/record_batches.py FILE <flags of finetune.py>        # writes FILE.<rank>.json
-"""
+"""finetune.py that also writes down, for each process, its log and the texts of every micro-batch that it trained on."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import finetune
 from utils import rank
@@ -33,14 +27,10 @@ def record(run: Any) -> list[list[tuple[str, str, int | None]]]:
 
 
 def main(argv: list[str]) -> None:
-    """Train and save as finetune.py does."""
+    """Train and save as finetune.py does with `argv[1:]`, and write `<argv[0]>.<rank>.json`."""
     args = finetune.parse(argv[1:])
     run = finetune.prepare(args)
     batches = record(run)
     run.trainer.train()
     Path(f"{argv[0]}.{rank()}.json").write_text(json.dumps({"batches": batches, "log": run.trainer.state.log_history}))
     finetune.save_final(run)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

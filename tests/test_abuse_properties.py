@@ -29,7 +29,7 @@ from prompt import load_prompts
 from prompt_style import PromptStyle, saved_items, saved_style
 from reading import load_model, model_config, read_array
 from results import parse_prediction, read_predictions, read_results
-from run_folder import RunRecord, log_history, run_settings
+from run_folder import RunFolder, RunRecord, log_history
 from tasks import HistoryFormat
 from training_settings import read_deepspeed
 from utils import UserError
@@ -138,7 +138,7 @@ FILES: dict[str, tuple[str, Any, Callable[[Path], Any]]] = {
     "style": ("prompt_style.json", None, saved_style),
     "items": ("item_index.json", None, saved_items),
     "record": ("run.json", vars(RECORD), lambda folder: RunRecord.read(folder / "run.json").check_same(RECORD, folder)),
-    "settings": ("run.json", vars(RECORD), run_settings),
+    "settings": ("run.json", vars(RECORD), lambda folder: RunFolder(folder).record(insist=False)),
     "log": ("trainer_state.json", STATE, log_history),
     "results": (
         "r.json",

@@ -11,12 +11,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from abuse_world import COMMANDS, ask, finetune_flags, make_abuse_world, test_flags, weights
+import torch
+from abuse_check import weights
+from abuse_world import COMMANDS, ask, finetune_flags, test_flags
 from tiny_models import make_model
 
 import finetune
 import test as test_script
 import training
+import utils
+from folders import locked
 from reading import load_model
 from results import Store
 from run_folder import REPLACED, RunFolder
@@ -25,14 +29,9 @@ from utils import UserError, checkpoints
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    return make_abuse_world(tmp_path_factory.mktemp("abuse"))
-
-
 @pytest.fixture
-def world(whole, tmp_path) -> Path:
-    shutil.copytree(whole, tmp_path / "w")
+def world(abuse_world, tmp_path) -> Path:
+    shutil.copytree(abuse_world, tmp_path / "w")
     return tmp_path / "w"
 
 
@@ -97,7 +96,26 @@ def test_the_old_run_goes_with_the_first_checkpoint_and_files_of_others_stay(wor
     assert not (world / "run" / REPLACED).exists() and checkpoints(world / "run")
 
 
+def test_a_folder_that_was_moved_goes_on_with_its_best_checkpoint(world):
+    """`trainer_state.json` holds the path that the best checkpoint had; the run may lie elsewhere now, or name another's."""
+    before = files(world / "run")
+    for name in ("config.json", "model.safetensors"):
+        (world / "run" / name).unlink()
+    for path in (world / "run").glob("checkpoint-*/trainer_state.json"):
+        state = json.loads(path.read_text()) | {"best_model_checkpoint": str(world / "adapter")}
+        path.write_text(json.dumps(state))
+    (world / "run").rename(world / "moved")
+    finetune.main([*finetune_flags(world, "moved"), "--resume_from_checkpoint", "auto"])
+    assert (world / "moved/model.safetensors").read_bytes() == before["model.safetensors"]
+
+
 # ---- results that are replaced ----
+
+
+def test_two_tests_at_once(world):
+    with locked(world / "new/r.json"), pytest.raises(UserError, match="another process is writing it now"):
+        test_script.main(test_flags(world))
+    assert not (world / "new").exists()
 
 
 def test_earlier_results_stay_until_the_new_ones_are_there(world, monkeypatch):
@@ -148,6 +166,34 @@ def test_a_script_says_one_line(world):
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == f"error: {world}/toy/toy.index.json: broken JSON (nested too deep)"
     assert "Traceback" not in done.stderr
+
+
+def test_a_pattern_of_modules_that_takes_for_ever(world, monkeypatch):
+    monkeypatch.setattr(utils, "PATIENCE", 1)
+    for key in ("target_modules", "exclude_modules"):
+        content = json.loads((world / "adapter/adapter_config.json").read_text()) | {key: "(([a-z_.0-9])+)+!"}
+        (world / "adapter/adapter_config.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match="adapter_config.json: its patterns of modules take for ever"):
+            test_script.main([*test_flags(world, "adapter"), "--lora", "--base_model", str(world / "base")])
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_one(tmp_path):
+    code = "import os, sys, utils\nwith utils.atomic_path(sys.argv[1]): os.kill(os.getpid(), 9)"
+    assert script("-c", code, tmp_path / "x.json").returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 1
+    (tmp_path / ".x.json.note").write_text("mine")
+    with utils.atomic_path(tmp_path / "x.json") as living:  # of a process that lives nothing is taken
+        utils.write_json(tmp_path / "x.json", 1)
+        assert living.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".x.json.note", "x.json"]
+
+
+def test_memory_that_is_not_there_is_one_line(capsys):
+    with pytest.raises(SystemExit) as end:
+        utils.run_main(lambda: torch.empty(10**15))
+    assert end.value.code == 2 and capsys.readouterr().err.startswith("error: out of memory (")
+    with pytest.raises(RuntimeError, match="a bug"):
+        utils.run_main(lambda: exec("raise RuntimeError('a bug')"))
 
 
 # ---- weights ----

@@ -1,5 +1,8 @@
 """The flags: the original's names and defaults, and lists that do not fit."""
 
+import ast
+from pathlib import Path
+
 import pytest
 
 from arguments import (
@@ -22,7 +25,7 @@ DEFAULTS = """
 seed=42 base_model=./llama-7b/ output_dir=./ckpt/ data_path=
 tasks=seqrec,item2index,index2item,fusionseqrec,itemsearch,preferenceobtain
 dataset=Games index_file=.index.json max_his_len=20 add_prefix=False only_train_response=False
-train_prompt_sample_num=1,1,1,1,1,1 train_data_sample_num=0,0,0,100000,0,0 valid_prompt_id=0 sample_valid=True
+valid_prompt_id=0 sample_valid=True
 valid_prompt_sample_num=2 optim=adamw_torch epochs=4 learning_rate=2e-05 per_device_batch_size=8
 gradient_accumulation_steps=2 logging_step=10 model_max_length=2048 weight_decay=0.01 lora_r=8 lora_alpha=32
 lora_dropout=0.05 lora_target_modules=q_proj,v_proj,k_proj,o_proj,gate_proj,down_proj,up_proj
@@ -54,13 +57,24 @@ def test_a_task_list_with_its_numbers():
     assert parse_tasks("seqrec, ItemSearch", "2,1", "0,50") == [("seqrec", 2, 0), ("itemsearch", 1, 50)]
 
 
+def test_numbers_that_are_not_given_are_the_originals():
+    args = parser_of(add_data).parse_args([])
+    found = parse_tasks(args.tasks, args.train_prompt_sample_num, args.train_data_sample_num)
+    assert found == parse_tasks(args.tasks, "1,1,1,1,1,1", "0,0,0,100000,0,0")
+    assert parse_tasks("seqrec", None, None) == [("seqrec", 1, 0)]
+    assert parse_tasks("index2item,fusionseqrec", "2,3", None) == [("index2item", 2, 0), ("fusionseqrec", 3, 100_000)]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--tasks", "seqrec,typo"], "unknown task 'typo'"),
         (["--tasks", "seqrec,seqrec"], "seqrec is named twice"),
         (["--tasks", ","], "names no task"),
-        (["--tasks", "seqrec"], "train_prompt_sample_num has 6 numbers, but --tasks names 1 tasks"),
+        (
+            ["--tasks", "seqrec", "--train_prompt_sample_num", "1,1"],
+            "sample_num has 2 numbers, but --tasks names 1 tasks",
+        ),
         (["--train_data_sample_num", "0,0"], "train_data_sample_num has 2 numbers, but --tasks names 6"),
         (["--train_data_sample_num", "0,0,0,-1,0,0"], "not a list of whole numbers"),
         (["--train_prompt_sample_num", "1,1,1,1,1,0"], "must be 1 or more"),
@@ -118,3 +132,19 @@ def test_every_flag_is_defined_once_and_has_one_role():
     for flag in ALL:
         assert roles.setdefault(flag.name, flag.role) == flag.role
     assert {"output_dir", "deepspeed", "prompt_file"} <= with_role(Role.FREE) and "seed" in with_role(Role.RESULT)
+
+
+def test_every_number_has_its_range_where_its_flag_is_defined():
+    """No flag of any script is a bare `int` or `float`: NaN, -1 and 10^30 would come through."""
+    root = Path(__file__).resolve().parents[1]
+    for path in [*root.glob("*.py"), *root.glob("*/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.keyword) and node.arg == "type" and "tests" not in path.parts:
+                assert ast.unparse(node.value) not in ("int", "float"), f"{path.relative_to(root)}:{node.lineno}"
+
+
+def test_no_script_has_a_parser_that_speaks_in_several_lines():
+    root = Path(__file__).resolve().parents[1]
+    found = [path for path in [*root.glob("*.py"), *root.glob("*/*.py")] if "tests" not in path.parts]
+    plain = [path.name for path in found if "= argparse.ArgumentParser(" in path.read_text(encoding="utf-8")]
+    assert plain == []

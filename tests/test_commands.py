@@ -4,24 +4,18 @@ import json
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from running import as_script, free_port
 from toy_data import write_dataset
 
 from data_process import base_model
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.slow
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -75,16 +69,23 @@ def test_the_papers_commands(tmp_path):
     delta, rebuilt = tmp_path / "delta", tmp_path / "rebuilt"
     base = finals[-1]  # any model of the same shape serves as the base of a delta
     for command in (
-        f"python convert/make_delta.py --base-model-path {base} --target-model-path {trained} --delta-path {delta}",
-        f"python convert/merge_delta.py --base-model-path {base} --target-model-path {rebuilt} --delta-path {delta} "
+        f"convert/make_delta.py --base-model-path {base} --target-model-path {trained} --delta-path {delta}",
+        f"convert/merge_delta.py --base-model-path {base} --target-model-path {rebuilt} --delta-path {delta} "
         "--low-cpu-mem",
-        f"python convert/convert_fp16.py --in-checkpoint {base} --out-checkpoint {tmp_path / 'half'}",
-        f"python convert/convert.py -s {sorted(trained.glob('checkpoint-*'))[-1]} -t {tmp_path / 'again'}",
+        f"convert/convert_fp16.py --in-checkpoint {base} --out-checkpoint {tmp_path / 'half'}",
+        f"convert/convert.py -s {sorted(trained.glob('checkpoint-*'))[-1]} -t {tmp_path / 'again'}",
     ):
-        shell(command)
+        result = as_script(*shlex.split(command))
+        assert result.returncode == 0, result.stderr
     same = AutoModelForCausalLM.from_pretrained(rebuilt).state_dict()
     for name, tensor in model.state_dict().items():
         assert (same[name].float() - tensor.float()).abs().max() < 2e-3, name
+
+
+def test_a_process_ends_with_status_2(tmp_path):
+    command = [sys.executable, "data.py", "--check", "--data_path", str(tmp_path), "--dataset", "Nope"]
+    result = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_the_papers_commands(tmp_path):
     [
         ("finetune.py --data_path {data} --dataset Nope --deepspeed none", "no such folder"),
         ("finetune.py --data_path {data} --dataset Toy --deepspeed none --tasks seqrec,typo", "unknown task 'typo'"),
-        ("finetune.py --data_path {data} --dataset Toy --deepspeed none --tasks seqrec", "has 6 numbers"),
+        ("finetune.py --dataset Toy --deepspeed none --tasks seqrec --train_data_sample_num 1,1", "has 2 numbers"),
         ("finetune.py --data_path {data} --dataset Toy --deepspeed nope.json", "no such file"),
         ("finetune.py --data_path {data} --dataset Toy --deepspeed none --base_model {data}/nope", "no such folder"),
         ("test.py --data_path {data} --dataset Toy --ckpt_path {base}", "lacks 10 of the 10 item tokens"),
@@ -115,8 +116,7 @@ def test_wrong_input_is_one_line_and_status_2(tmp_path, command, message):
     words = shlex.split(command.format(data=tmp_path / "data", base=base))
     results = ["--results_file", str(tmp_path / "result.json")] if words[0] == "test.py" else []
     output = ["--output_dir", str(tmp_path / "out")] if words[0] == "finetune.py" else []
-    run = [sys.executable, *words, *results, *output]
-    result = subprocess.run(run, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    result = as_script(*words, *results, *output)
     assert result.returncode == 2, result.stdout + result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and message in errors[0], result.stderr

@@ -86,12 +86,17 @@ def test_what_the_command_line_decides_is_auto(name):
         (["--init_item_tokens", "nowhere.npy"], "--init_item_tokens nowhere.npy: no such file"),
         (["--select_by", "ndcg@10"], "needs --eval_ranking"),
         (["--tasks", "seqrec,nonsense"], "unknown task 'nonsense'"),
-        (["--tasks", "seqrec"], "--train_prompt_sample_num has 6 numbers"),
+        (["--tasks", "seqrec", "--train_prompt_sample_num", "1,1"], "--train_prompt_sample_num has 2 numbers"),
     ],
 )
 def test_wrong_flags_are_one_sentence(flags, message):
     with pytest.raises(UserError, match=message):
         finetune.parse(["--deepspeed", str(CONFIG / "ds_z3_bf16.json"), *flags])
+
+
+def test_numbers_that_are_not_given_are_recorded_as_those_of_the_tasks():
+    args = finetune.parse(["--deepspeed", "none", "--tasks", "seqrec,fusionseqrec"])
+    assert (args.train_prompt_sample_num, args.train_data_sample_num) == ("1,1", "0,100000")
 
 
 def facts(**changes: object) -> RunRecord:
@@ -132,22 +137,22 @@ def test_what_may_change_passes():
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
     import shutil
 
-    import training
+    import folders
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
     with pytest.raises(UserError, match="the disk is too full: checkpoint-8 needs about 0.00 GB"):
-        training.check_space(tmp_path, 10, "checkpoint-8 needs")
+        folders.check_space(tmp_path, 10, "checkpoint-8 needs")
     folder = tmp_path / ".checkpoint-8.partial"
     folder.mkdir()
     older = tmp_path / "checkpoint-4"
     older.mkdir()
-    with pytest.raises(UserError, match="what was there before is untouched"), training.disk_full_is_said(folder):
+    with pytest.raises(UserError, match="what was there before is untouched"), folders.disk_full_is_said(folder):
         raise OSError(28, "No space left on device")
     assert older.is_dir() and not folder.exists()
 
 
 def test_only_whole_checkpoints_count(tmp_path):
-    from training import checkpoints
+    from utils import checkpoints
 
     for name in ("checkpoint-20", "checkpoint-100", "checkpoint-3", ".checkpoint-200.partial", "checkpoint-x"):
         (tmp_path / name).mkdir()

@@ -13,6 +13,7 @@ from toy_data import write_drawn_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune
+from arguments import style_flags
 from collator import TrainCollator, encode_samples
 from data import USER_PARTS, load_data
 from modeling import add_item_tokens, grow_vocabulary, item_trie, load_model, load_tokenizer
@@ -81,7 +82,7 @@ def test_every_architecture_trains_and_reloads(name, tmp_path):
 def used_tokens(folder: Path, options: list[str]) -> set[int]:
     """All tokens of the training samples of an epoch."""
     args = finetune.parse(options)
-    _, train_set, _ = finetune.load_datasets(args, PromptStyle.of_flags(args))
+    _, train_set, _ = finetune.load_datasets(args, PromptStyle.of_flags(**style_flags(args)))
     tokenizer = load_tokenizer(folder / "out")
     samples = [train_set[i] for i in range(len(train_set))]
     rows, _ = encode_samples(tokenizer, [s["prompt"] for s in samples], [s["response"] for s in samples], 2048)
@@ -150,11 +151,9 @@ def test_losses_over_all_tokens_are_those_of_a_plain_trainer_on_a_collation_by_h
 
 
 @pytest.mark.slow
-def test_a_pretrained_model_from_gguf_goes_on_from_what_it_knows(tmp_path):
+def test_a_pretrained_model_from_gguf_goes_on_from_what_it_knows(tmp_path, smollm2_folder):
     """SmolLM2-135M, dequantised: tied embeddings, no BOS, real weights."""
-    from data_process import base_model
-
-    base_model.main(["smollm2", "--target", str(tmp_path / "base")])
+    (tmp_path / "base").symlink_to(smollm2_folder)
     write_drawn_dataset(tmp_path / "data")
     more = ["--tasks", "index2item", "--train_prompt_sample_num", "1", "--train_data_sample_num", "3", "--packing"]
     more += ["--only_train_response", "--learning_rate", "1e-4", "--gradient_accumulation_steps", "1"]
@@ -252,7 +251,7 @@ def test_loss_by_task_and_validation_in_the_log(tmp_path):
 @pytest.mark.parametrize("ragged", [False, True])
 def test_every_process_ranks_in_as_many_passes_as_the_others(tmp_path, monkeypatch, ragged):
     """Under ZeRO-3 a pass gathers weights from all: one process with a pass more would wait for the others for ever."""
-    from training import Ranking
+    from valid_ranking import Ranking
 
     make_model("llama", tmp_path / "base")
     write_drawn_dataset(tmp_path / "data")

@@ -2,15 +2,11 @@
 
 import ast
 import re
-import subprocess
-import sys
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pytest
+from running import ROOT, as_script
 
-ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("convert", "data_process", "index", "metrics")
 SOURCES = sorted([*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))])
 SCRIPTS = [path for path in SOURCES if "\nif __name__ ==" in path.read_text(encoding="utf-8")]
@@ -73,17 +69,11 @@ def test_architecture_says_what_each_module_and_folder_owns():
     assert [name for name in sorted(set(names)) if not re.search(rf"^\| .*`{re.escape(name)}`.* \|", page, re.M)] == []
 
 
-@pytest.mark.slow
 def test_help_teaches_and_docs_name_flags_that_exist():
     """Every script's help has an example of its command and explains each flag; every flag in a page is one of a script's."""
-
-    def help_of(path: Path) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, path, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-    with ThreadPoolExecutor(2) as pool:
-        done = dict(zip(SCRIPTS, pool.map(help_of, SCRIPTS), strict=True))
     known, wrong = set(FOREIGN), []
-    for path, process in done.items():
+    for path in SCRIPTS:
+        process = as_script(path, "--help")
         shown, where = process.stdout, path.relative_to(ROOT).as_posix()
         if process.returncode or not re.search(rf"(python|torchrun|bash|nohup).* \S*{re.escape(path.name)}", shown):
             wrong.append(f"{where}: no help with an example of the command")

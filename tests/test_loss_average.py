@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import record_batches
 import torch
 import torch.nn.functional as F
 from record_batches import record
+from running import together
 from safetensors.torch import load_file
 from test_finetune_models import prepared
-from test_finetune_run import free_port
 from tiny_models import make_model
 from toy_data import write_drawn_dataset
 from transformers import AutoTokenizer
 
 import finetune
 
-ROOT = Path(__file__).resolve().parent.parent
 RATE = 0.2
 Batches = list[
     list[tuple[str, str, int | None]]
@@ -40,17 +37,21 @@ def flags(folder: Path, accumulation: int, *more: str) -> list[str]:
     return [*own, "--save_and_eval_strategy", "steps", "--save_and_eval_steps", "1000", *more]
 
 
-def loss_by_hand(model: Any, tokenizer: Any, processes: list[Batches], average: str) -> torch.Tensor:
-    """The loss of one step from the micro-batches of each process."""
+def loss_by_hand(
+    model: Any, tokenizer: Any, processes: list[Batches], average: str, weights: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The loss of one step from the micro-batches of each process; a batch's mean by the weights of token ids, if given."""
     means, total, count = [], 0.0, 0
     for batch in (batch for batches in processes for batch in batches):
-        losses = []
+        losses, shares = [], []
         for prompt, response, _ in batch:
             shown = len(tokenizer(prompt)["input_ids"])
             whole = tokenizer(prompt + response)["input_ids"] + [tokenizer.eos_token_id]
             logits = model(torch.tensor([whole]), use_cache=False).logits[0, shown - 1 : -1]
             losses.append(F.cross_entropy(logits, torch.tensor(whole[shown:]), reduction="none"))
-        means.append(torch.cat(losses).mean())
+            shares.append(torch.ones(len(losses[-1])) if weights is None else weights[whole[shown:]])
+        share = torch.cat(shares)
+        means.append(torch.cat(losses) @ share / share.sum())
         total, count = total + torch.cat(losses).sum(), count + sum(map(len, losses))
     return torch.stack(means).mean() if average == "batch" else total / count
 
@@ -58,8 +59,8 @@ def loss_by_hand(model: Any, tokenizer: Any, processes: list[Batches], average: 
 def as_drawn(processes: list[Batches]) -> list[Batches]:
     """The micro-batches before samples were dealt to the processes by length."""
     drawn: list[Batches] = [[] for _ in processes]
-    for number, together in enumerate(zip(*processes, strict=True)):
-        samples = [sample for batch in together for sample in batch]
+    for number, dealt in enumerate(zip(*processes, strict=True)):
+        samples = [sample for batch in dealt for sample in batch]
         for process, batches in enumerate(drawn):
             own = [sample for sample in samples if sample[2] == process]
             batches.append(own or processes[process][number])
@@ -67,7 +68,12 @@ def as_drawn(processes: list[Batches]) -> list[Batches]:
 
 
 def train_by_hand(
-    model: Any, tokenizer: Any, processes: list[Batches], accumulation: int, average: str
+    model: Any,
+    tokenizer: Any,
+    processes: list[Batches],
+    accumulation: int,
+    average: str,
+    weights: torch.Tensor | None = None,
 ) -> list[tuple[float, float]]:
     """Change `model` as training does; loss and gradient norm of each step. An epoch's last step has what is left of it."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -76,7 +82,7 @@ def train_by_hand(
     for begin in (0, epoch):
         for start in range(begin, begin + epoch, accumulation):
             step = [batches[start : min(start + accumulation, begin + epoch)] for batches in processes]
-            loss = loss_by_hand(model, tokenizer, step, average)
+            loss = loss_by_hand(model, tokenizer, step, average, weights)
             gradients = torch.autograd.grad(loss, parameters)
             norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
             with torch.no_grad():
@@ -117,6 +123,18 @@ def test_one_process_trains_as_by_hand(world, average, accumulation, packing, lo
         torch.testing.assert_close(mine, other, atol=2e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("packing", [[], ["--packing"]], ids=["padded", "packed"])
+def test_the_last_codes_weigh_more(world, packing):
+    run = finetune.prepare(finetune.parse(flags(world, 2, "--last_code_weight", "3", *packing)))
+    model, batches = copy.deepcopy(run.model), record(run)
+    run.trainer.train()
+    last = {index[-1] for index in run.data.indices}
+    tokens = run.tokenizer.convert_ids_to_tokens(list(range(len(run.tokenizer))))
+    weights = torch.tensor([3.0 if token in last else 1.0 for token in tokens])
+    assert 0 < len(last) < len(run.data.item_tokens)
+    check_log(run.trainer.state.log_history, train_by_hand(model, run.tokenizer, [batches], 2, "batch", weights))
+
+
 def test_the_default_is_the_originals_and_recorded(world):
     finetune.main(flags(world, 1, "--max_steps", "1"))
     assert json.loads((world / "out" / "run.json").read_text())["arguments"]["loss_average"] == "batch"
@@ -135,12 +153,8 @@ TOGETHER = {
 @pytest.mark.parametrize("average", ["batch", "token"])
 @pytest.mark.parametrize("name", TOGETHER)
 def test_two_processes_train_as_by_hand(world, name, average):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    command += [str(ROOT / "tests" / "record_batches.py"), str(world / "batches")]
-    command += flags(world, 2, "--loss_average", average, *TOGETHER[name])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    words = flags(world, 2, "--loss_average", average, *TOGETHER[name])
+    together(record_batches.main, [str(world / "batches"), *words])
     files = [json.loads((world / f"batches.{rank}.json").read_text()) for rank in (0, 1)]
     processes = as_drawn([file["batches"] for file in files])
     assert (processes != [file["batches"] for file in files]) == ("packing" in "".join(TOGETHER[name])), (

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,8 @@ def test_run_sh_end_to_end_and_a_second_time(tmp_path):
         command = ["bash", "run.sh", *stages]
         result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+        noise = re.search(r"(?i).*(warning|it/s|%\|).*", result.stdout + result.stderr)
+        assert noise is None, f"a library speaks where there is no terminal: {noise[0]}"
         return result.stdout
 
     output = run()

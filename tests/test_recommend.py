@@ -101,6 +101,14 @@ def test_the_history_can_be_excluded_and_the_list_stays_full(recommender):
     assert [row["item"] for row in answer["items"]] == kept
 
 
+def test_an_answer_does_not_depend_on_what_is_asked_beside_it(recommender, monkeypatch):
+    """A long list needs more beams, which would find other items for a neighbour."""
+    monkeypatch.setattr(recommender, "num_beams", 2)
+    few, many = recommend.Request([1, 2], top_k=2), recommend.Request([3], top_k=10**12)
+    (alone,), (beside, long) = recommender.answer([few]), recommender.answer([few, many])
+    assert beside == alone and len(long["items"]) == len(set(recommender.data.canonical))
+
+
 def test_items_that_share_an_index_are_named(recommender):
     answer = recommender.answer([recommender.request({"history": [3], "top_k": 60})])[0]
     named = {row["item"]: row["same_index"] for row in answer["items"] if "same_index" in row}

@@ -92,7 +92,7 @@ def test_the_page_shows_a_run_and_no_title_becomes_markup(tmp_path):
     checkpoint.mkdir(parents=True)
     log = [{"step": 10, "loss": 2.0, "loss_$\\foo$": 1.9}, {"step": 20, "eval_loss": 1.5, "eval_hit@10": 0.2}]
     (checkpoint / "trainer_state.json").write_text(json.dumps({"log_history": log}))
-    (tmp_path / "ckpt" / "run.json").write_text(json.dumps({"arguments": {"learning_rate": evil}}))
+    run_folder.RunRecord([], {"learning_rate": evil}, 1, "", {}, {}, {}).write(tmp_path / "ckpt")
     write_run(tmp_path, {"task": "seqrec", "arguments": {"ckpt_path": str(tmp_path / "ckpt"), "note": evil}})
     report.main([*flags_for(tmp_path, data_path), "--metrics", "hit@1,hit@2"])
     page = (tmp_path / "result.html").read_text()

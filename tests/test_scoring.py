@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +31,10 @@ def world(tmp_path_factory) -> Path:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-def score(world: Path, results: Path, *more: str) -> dict:
+def score(world: Path, results: Path, *more: str, main: Callable = test_script.main) -> dict:
     flags = ["--ckpt_path", str(world / "ckpt"), "--data_path", str(world), "--dataset", "toy", "--num_beams", "8"]
     flags += ["--metrics", "hit@1,hit@8,ndcg@8", "--results_file", str(results), "--test_batch_size", "4", *more]
-    test_script.main(flags)
+    main(flags)
     return json.loads(results.read_text())
 
 
@@ -92,10 +93,7 @@ def test_batch_size_changes_nothing(world, tmp_path):
 
 def test_one_process_of_test_ddp_finds_the_same(world, tmp_path):
     wanted = score(world, tmp_path / "a.json")
-    flags = ["--ckpt_path", str(world / "ckpt"), "--data_path", str(world), "--dataset", "toy", "--num_beams", "8"]
-    flags += ["--metrics", "hit@1,hit@8,ndcg@8", "--test_batch_size", "4", "--results_file", str(tmp_path / "b.json")]
-    test_ddp_script.main(flags)
-    assert json.loads((tmp_path / "b.json").read_text())["mean_results"] == wanted["mean_results"]
+    assert score(world, tmp_path / "b.json", main=test_ddp_script.main)["mean_results"] == wanted["mean_results"]
     assert lines(tmp_path / "a.json") == lines(tmp_path / "b.json")
 
 
@@ -340,25 +338,22 @@ def test_too_little_memory_halves_the_batch_and_never_the_beams(world, tmp_path,
         score(world, tmp_path / "c.json")
 
 
+def verify(folder: Path) -> None:
+    """data.py --verify of the world in `w/` and the results beside it."""
+    words = ["--verify", "--data_path", str(folder / "w"), "--dataset", "toy", "--results_file", str(folder / "r.json")]
+    data_check.main(words)
+
+
 def test_results_are_verified_against_what_lies_there_now(world, tmp_path, capsys):
     shutil.copytree(world, tmp_path / "w")
     score(tmp_path / "w", tmp_path / "r.json")
-    flags = [
-        "--verify",
-        "--data_path",
-        str(tmp_path / "w"),
-        "--dataset",
-        "toy",
-        "--results_file",
-        str(tmp_path / "r.json"),
-    ]
-    data_check.main(flags)
+    verify(tmp_path)
     assert "every file is as it was" in capsys.readouterr().out
     items = tmp_path / "w/toy/toy.item.json"
     items.write_text(items.read_text() + "\n")
     (tmp_path / "w/ckpt/config.json").write_text((tmp_path / "w/ckpt/config.json").read_text() + "\n")
     with pytest.raises(UserError, match="2 files are not what they were"):
-        data_check.main(flags)
+        verify(tmp_path)
     shown = capsys.readouterr().out
     assert "toy.item.json: is not the file" in shown and "ckpt: is not the model" in shown
 
@@ -369,19 +364,10 @@ def test_files_of_the_training_are_verified_too(world, tmp_path, capsys):
     files = {"user": {"path": str(users), "sha256": sha256(users)}}
     RunRecord([], {}, 1, "", {}, files, {}).write(tmp_path / "w/ckpt")
     score(tmp_path / "w", tmp_path / "r.json")
-    flags = [
-        "--verify",
-        "--data_path",
-        str(tmp_path / "w"),
-        "--dataset",
-        "toy",
-        "--results_file",
-        str(tmp_path / "r.json"),
-    ]
-    data_check.main(flags)
+    verify(tmp_path)
     users.write_text(users.read_text() + "\n")
     with pytest.raises(UserError, match="1 files are not what they were"):
-        data_check.main(flags)
+        verify(tmp_path)
     assert "toy.user.json: is not the file that the model was trained with" in capsys.readouterr().out
 
 

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from running import free_port, together
 from scoring_world import make_world
 
 import test as test_script
+import test_ddp as test_ddp_script
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
@@ -24,12 +25,6 @@ USERS = 31  # no number of processes used here divides it
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     return make_world(tmp_path_factory.mktemp("world"), users=USERS)
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def flags(world: Path, results: Path) -> list[str]:
@@ -103,26 +98,24 @@ def assert_same(results: Path, single: Path, count: int = 3 * USERS) -> None:
 
 @pytest.mark.parametrize("processes", [2, 3, 5])  # one process: tests/test_scoring.py
 def test_any_number_of_processes_gives_the_same(world, single, tmp_path, processes):
-    finish(start(world, tmp_path / "r.json", processes))
+    together(test_ddp_script.main, flags(world, tmp_path / "r.json"), processes)
     assert_same(tmp_path / "r.json", single)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_two_nodes(world, single, tmp_path, shared):
-    """Two torchrun agents on loopback give the same; without a disk that both see they stop with one line.
+def test_two_nodes(world, single, tmp_path):
+    """The same from two nodes: both have a local rank 0, so a local rank that is taken for a global one would show."""
+    together(test_ddp_script.main, flags(world, tmp_path / "r.json"), nodes=2)
+    assert_same(tmp_path / "r.json", single)
 
-    Both nodes have a local rank 0, so a local rank that is taken for a global one would show.
-    """
+
+def test_two_nodes_without_a_disk_that_both_see_stop_with_one_line(world, tmp_path):
+    """Two torchrun agents on loopback."""
     port, nodes = free_port(), []
     for node in (0, 1):
         where = ("--nnodes=2", f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}")
-        folder = "0" if shared else str(node)
-        nodes.append(start(world, tmp_path / folder / "r.json", 1, *where))
-    said = [finish(node, code=0 if shared else 1) for node in nodes]
-    if shared:
-        assert_same(tmp_path / "0/r.json", single)
-    else:
-        assert "every process must see this folder" in said[1]
+        nodes.append(start(world, tmp_path / str(node) / "r.json", 1, *where))
+    said = [finish(node, code=1) for node in nodes]
+    assert "every process must see this folder" in said[1]
 
 
 def predictions(folder: Path) -> int:

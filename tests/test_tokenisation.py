@@ -21,10 +21,8 @@ def llama(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def smollm2(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("smollm2") / "model"
-    base_model.main(["smollm2", "--target", str(folder)])
-    tokenizer = load_tokenizer(folder)
+def smollm2(smollm2_folder):
+    tokenizer = load_tokenizer(smollm2_folder)
     add_item_tokens(tokenizer, TOKENS)
     return tokenizer
 

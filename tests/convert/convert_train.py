@@ -1,33 +1,25 @@
-"""Train a tiny LLaMA with DeepSpeed on the CPU and save checkpoints as the trainer does.
-
-torchrun --nproc_per_node=2 tests/convert/convert_train.py STAGE OUTPUT [--tied] [--lora]
-"""
+"""Train a tiny LLaMA with DeepSpeed on the CPU and save checkpoints as the trainer does."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from pathlib import Path
 
-os.environ["DS_ACCELERATOR"] = "cpu"
-
-import deepspeed
 import torch
+from convert_parts import ITEM_TOKENS, VOCABULARY, save_tokenizer, tiny_llama
 from transformers import AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from convert_parts import ITEM_TOKENS, VOCABULARY, save_tokenizer, tiny_llama
+def main(argv: list[str]) -> None:
+    """STAGE OUTPUT [--tied] [--lora], in each process of a job."""
+    import deepspeed
 
-
-def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("stage", type=int)
     parser.add_argument("output", type=Path)
     parser.add_argument("--tied", action="store_true")
     parser.add_argument("--lora", action="store_true")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # see finetune.py
     deepspeed.init_distributed(dist_backend="gloo")
     settings = {
@@ -72,7 +64,3 @@ def main() -> None:
         logits = trainer.model_wrapped(input_ids=torch.arange(40)[None]).logits.float()
     if arguments.process_index == 0:
         torch.save(logits, args.output / "logits.pt")
-
-
-if __name__ == "__main__":
-    main()

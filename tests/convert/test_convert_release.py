@@ -13,12 +13,12 @@ from convert_parts import (
     ROOT,
     VOCABULARY,
     fine_tuned,
-    run_script,
     save_delta,
     save_model,
     save_tokenizer,
     tiny_llama,
 )
+from running import as_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PROMPTS = """
@@ -67,7 +67,7 @@ def test_walk_through(tmp_path):
     write_release(tmp_path)
     for words in commands():
         assert words[0] == "python"
-        result = run_script(ROOT / words[1], *words[2:], cwd=tmp_path)
+        result = as_script(*words[1:], cwd=tmp_path)
         assert result.returncode == 0, result.stderr
     assert "running released_prompts.py for its templates" in result.stdout + result.stderr
     results = json.loads((tmp_path / "results/Games/result.json").read_text())

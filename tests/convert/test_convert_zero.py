@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import convert_train
 import pytest
 import torch
 from convert_parts import ITEM_TOKENS, ROOT, VOCABULARY, save_model, tiny_llama
+from running import together
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -28,10 +30,7 @@ def runs(tmp_path_factory):
     def run(*words: str) -> Path:
         if words not in made:
             folder = tmp_path_factory.mktemp("run") / "ckpt"
-            command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-            command += ["--standalone", str(ROOT / "tests/convert/convert_train.py"), words[0], str(folder), *words[1:]]
-            result = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment())
-            assert result.returncode == 0, result.stderr[-3000:]
+            together(convert_train.main, [words[0], str(folder), *words[1:]])
             result = convert(ROOT / "convert/convert.sh", folder)
             assert result.returncode == 0, result.stderr
             made[words] = folder

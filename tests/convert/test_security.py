@@ -213,8 +213,8 @@ def test_resuming_a_run(checkpoint, witness, place):
 
 
 def test_going_on_from_an_adapter(tmp_path, witness):
-    from modeling import load_adapter
     from resume import find_resume
+    from trainable import load_adapter
 
     write_adapter(tmp_path, witness)
     with pytest.raises(UserError, match="adapter_model.bin: would run foreign code when loaded"):

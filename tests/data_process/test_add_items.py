@@ -52,7 +52,7 @@ def test_old_numbers_stay(catalogue):
         ("item,title,description\n,B,\n", [], "line 2 has no item"),
         ("item,title\nx,B\n", [], "has no field 'description'"),
         ("item,title,description\nx,X,\n", ["--new_dataset", "Old"], "is the old one's name"),
-        ("item,title,description\nx,X,\n", ["--new_dataset", "../x"], "must be a plain name"),
+        ("item,title,description\nx,X,\n", ["--new_dataset", "../x"], "is not a plain name"),
         ("item,title,description\nx,X,\n", ["--dataset", "None"], r"None\.item\.json: no such file"),
     ],
 )

@@ -17,5 +17,5 @@ def test_tiny_base_model_loads_and_is_not_replaced(toy, tmp_path):
     ids = tokenizer('Which item is called "Red Pen"?', return_tensors="pt").input_ids
     assert ids[0, 0] == tokenizer.bos_token_id
     assert model(input_ids=ids).logits.shape == (1, ids.shape[1], len(tokenizer))
-    with pytest.raises(UserError, match="holds a model already"):
+    with pytest.raises(UserError, match="is there and not empty"):
         base_model.main(flags)

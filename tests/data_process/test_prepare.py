@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from arguments import make_parser
 from data_process.cleaning import cleaned
 from data_process.item_texts import clean_text
 from data_process.prepare import add_preparation_flags, check_name, k_core, moments, prepare_dataset, rules_of, staging
@@ -20,7 +21,7 @@ from utils import UserError
 
 
 def options(*flags: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
+    parser = make_parser("x")
     add_preparation_flags(parser)
     return parser.parse_args(flags)
 
@@ -288,11 +289,11 @@ def test_a_failed_run_leaves_what_was_there(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--user_k", "0"], "--user_k 0: must be at least 1"),
+        (["--user_k", "0"], "--user_k: '0' is not a whole number from 1"),
         (["--st_year", "2018", "--ed_year", "2018"], "the time window is empty"),
-        (["--st_year", "2018", "--st_month", "13"], "--st_year 2018 --st_month 13: month must be"),
-        (["--ed_year", "0"], "--ed_year 0"),
-        (["--min_rating", "nan"], "--min_rating nan"),
+        (["--st_year", "2018", "--st_month", "13"], "--st_month: '13' is not a whole number from 1 to 12"),
+        (["--ed_year", "0"], "--ed_year: '0' is not"),
+        (["--min_rating", "nan"], "--min_rating: 'nan' is not"),
     ],
 )
 def test_wrong_flags(flags, message):

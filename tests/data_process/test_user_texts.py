@@ -158,6 +158,14 @@ NONSENSE = [
     '{"preferences": [" "], "user_intention": "…", "item_intention": "…"}',
     json.dumps({"preferences": ["word " * 200], "user_intention": "word " * 200, "item_intention": "a fine thing"}),
     b"<html>502 but with status 200</html>",
+    b"[" * 200_000,
+    b'{"choices": ' + b"9" * 5000 + b"}",
+    b'{"choices": [{"message": {"content": 5}}], "usage": {"prompt_tokens": 1e999, "completion_tokens": -1}}',
+    b"\xff\xfe" * 50,
+    b"\x1f\x8b\x08" + bytes(50),
+    '{"preferences": ' + "9" * 5000 + "}",
+    "{" * 20_000,
+    '{"preferences": ["\ud800 likes pens of all kinds"], "user_intention": "\0", "item_intention": 3}',
     b"[]",
     b"null",
     b'{"choices": []}',
@@ -275,9 +283,9 @@ def test_dry_run_counts_and_asks_nothing(toy, capsys):
         (["--base_url", "ftp://x", "--model", "m"], "--base_url: give an address"),
         (["--base_url", "http://me:word@x/v1", "--model", "m"], "leave user, password and query out"),
         (["--dry_run"], "cost nothing"),
-        (["--concurrency", "0"], "--concurrency 0: must be at least 1"),
-        (["--timeout", "0"], "--timeout 0.0: out of range"),
-        (["--price_in", "nan"], "--price_in nan: out of range"),
+        (["--concurrency", "0"], "--concurrency: '0' is not"),
+        (["--timeout", "0"], "--timeout: '0' is not"),
+        (["--price_in", "nan"], "--price_in: 'nan' is not"),
         (["--local_model", "./nowhere"], "no such folder"),
     ],
 )
@@ -387,12 +395,9 @@ def test_a_local_model_of_chance(toy, tmp_path):
 
 
 @pytest.mark.slow
-def test_smollm2_writes_texts(tmp_path):
-    from data_process import base_model
-
-    base_model.main(["smollm2", "--target", str(tmp_path / "smollm2")])
+def test_smollm2_writes_texts(tmp_path, smollm2_folder):
     toy = write_dataset(tmp_path / "data", inter={"0": INTERS["0"]}, user=None)  # a user: minutes on one core
-    flags = ["--data_path", str(toy), "--dataset", "Toy", "--local_model", str(tmp_path / "smollm2")]
+    flags = ["--data_path", str(toy), "--dataset", "Toy", "--local_model", str(smollm2_folder)]
     user_texts.main([*flags, "--max_tokens", "100", "--tries", "2"])
     content = json.loads((toy / "Toy" / "Toy.user.json").read_text())
     assert content["made_by"]["texts_by_model"] > 0

@@ -1,13 +1,12 @@
 """Training and generation with torchrun equal those of one process; embeddings that stay on disk give the same run."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from running import together
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "index"))
 
@@ -38,12 +37,8 @@ def final(folder: Path) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize("extra", ["", "--preset fast --kmeans_rows all --init pca --balance_rounds 1"])
 def test_two_processes_equal_one(data: Path, extra: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29731"]
     flags = [*FLAGS.split(), *extra.split(), "--data_path", str(data)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    many = [*command, str(ROOT / "index" / "main.py"), *flags, "--ckpt_dir", str(data.parent / "two")]
-    result = subprocess.run(many, env=environment, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr[-2000:]
+    together(index_main.main, [*flags, "--ckpt_dir", str(data.parent / "two")])
     index_main.main([*flags, "--ckpt_dir", str(data.parent / "one")])
     one, two = final(data.parent / "one"), final(data.parent / "two")
     for name, value in one["state_dict"].items():
