@@ -3,9 +3,9 @@
     python benchmarks/hard_queries.py --data_path ./data --dataset Office --target_path ./data-hard
 
 Writes `<target_path>/<D>/<D>.user.json` with other test queries, and links to the dataset's other files beside it, so that
-`test.py --data_path <target_path>` tests on them. A word goes if it and a title's word have the same stem (`same_stem`). What is
-left still comes from the item's own description where the texts were made by rule. A user whose query has nothing left has
-a blank one, which test.py leaves out and counts.
+`test.py --data_path <target_path>` tests on them. A word goes if it and a content word of the title (three letters or more)
+have the same stem (`same_stem`). What is left still comes from the item's own description where the texts were made by rule. A
+user whose query has nothing left has a blank one, which test.py leaves out and counts.
 """
 
 from __future__ import annotations
