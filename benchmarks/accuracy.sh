@@ -40,7 +40,7 @@ make_index() {
   if [ -e "$stem.$1.json" ]; then return; fi
   if [ "$1" = rqvae ]; then
     local codes
-    codes="$(codes_of "$stem.item.json")"
+    codes="$(codes_of "$stem.item.json" 6.5)"
     python index/main.py --data_path "$stem.emb-behaviour.npy" --ckpt_dir "$work/index-$1" --preset fast --num_emb_list "$codes" "$codes" \
       --sk_epsilons 0 0.003 --layers 512 256 128
     python index/generate_indices.py --ckpt_path "$work/index-$1" --output_file "$stem.$1.json"

@@ -1,8 +1,8 @@
 # Sourced by run.sh: the settings of each dataset.
 
-# codes_of ITEM_FILE: the codes of an index level for a dataset: a power of two with about 6 items to each code.
+# codes_of ITEM_FILE N: the codes of an index level for a dataset: a power of two with about N items to each code.
 codes_of() {
-  python -c 'import json, math, sys; print(2 ** max(4, round(math.log2(len(json.load(open(sys.argv[1], encoding="utf-8"))) / 6.5))))' "$1"
+  python -c 'import json, math, sys; print(2 ** max(4, round(math.log2(len(json.load(open(sys.argv[1], encoding="utf-8"))) / float(sys.argv[2])))))' "$1" "$2"
 }
 
 # recipe DATASET BASE_MODEL GPUS: sets NPROC, TEST_NPROC, INDEX_, BASE_, FINETUNE_ and TEST_RECIPE, and BEHAVIOUR (1: indices
@@ -37,11 +37,11 @@ recipe() {
   if [ "$BEHAVIOUR" = 1 ]; then start=behaviour; fi
   INDEX_RECIPE="--preset fast --num_emb_list CODES CODES --sk_epsilons 0 0.003 --layers 512 256 128"
   BASE_RECIPE="--hidden_size 128 --layers 2 --heads 4 --vocab_size 2000"
-  FINETUNE_RECIPE="--per_device_batch_size $((NPROC == 1 ? 64 : 32)) --gradient_accumulation_steps 1 --learning_rate 3e-3 --epochs 12
-    --weight_decay 0.01 --warmup_ratio 0.05 --dropout 0.2 --last_code_weight 3 --logging_step 100 --no-gradient_checkpointing --packing
+  FINETUNE_RECIPE="--per_device_batch_size $((NPROC == 1 ? 64 : 32)) --gradient_accumulation_steps 1 --learning_rate 3e-3 --epochs 8
+    --weight_decay 0.01 --warmup_ratio 0.05 --dropout 0.2 --logging_step 100 --no-gradient_checkpointing --packing
     --prompt_file config/short_prompts.json --his_sep= --max_his_len 50 --no_eos --init_item_tokens $stem.emb-$start.npy
     --tasks seqrec,item2index,index2item,fusionseqrec,itemsearch,preferenceobtain --history_windows --valid_prompt_sample_num 1
-    --train_prompt_sample_num 1,1,1,1,1,1 --train_data_sample_num 0,800,800,300,500,500 --eval_ranking 300 --save_total_limit 1"
+    --train_prompt_sample_num 1,1,1,1,1,1 --train_data_sample_num 0,0,0,300,0,0 --eval_ranking 300 --save_total_limit 1"
   TEST_RECIPE="--num_beams 20 --test_batch_size auto --test_prompt_ids 0"
   TEST_NPROC=1
 }
