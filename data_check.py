@@ -183,12 +183,13 @@ def changed_since(results_file: Path, folder: Path, name: str, index_file: str) 
     """A sentence for each data file, and for the checkpoint, that is not the one that the results were made with."""
     config = read_results(results_file)["config"]
     endings = {"inter": ".inter.json", "item": ".item.json", "user": ".user.json", "index": index_file}
-    faults = []
-    for kind, digest in config.get("data_sha256", {}).items():
+    faults, hashes, checkpoint = [], config.get("data_sha256", {}), config["arguments"].get("ckpt_path")
+    if not isinstance(hashes, dict) or not isinstance(checkpoint or "", str):
+        raise UserError(f"{results_file}: 'data_sha256' must be an object, 'ckpt_path' a text")
+    for kind, digest in hashes.items():
         path = folder / f"{name}{endings.get(kind, kind)}"
         if not path.is_file() or sha256(path) != digest:
             faults.append(f"{path}: is not the file that {results_file} was made with")
-    checkpoint = config["arguments"].get("ckpt_path")
     if checkpoint and Path(checkpoint).is_dir() and model_fingerprint(checkpoint) != config.get("checkpoint"):
         faults.append(f"{checkpoint}: is not the model that {results_file} was made with")
     if checkpoint and (trained := RunFolder(checkpoint).record()):
@@ -209,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     what.add_argument("--verify", action="store_true", help="compare the files with the record of how they were made")
     what.add_argument("--results_file", metavar="F", help="--verify: also data and checkpoint of these results")
     what.add_argument("--tokenizer", metavar="PATH", help="also count tokens, as this model's tokenizer cuts")
-    what.add_argument("--show", type=whole(0), default=3, help="samples of each task to print")
+    what.add_argument("--show", type=whole(0, 10**6), default=3, help="samples of each task to print")
     args = parser.parse_args(argv)
     if args.verify:
         verify_files(Path(args.data_path) / args.dataset, args.dataset, args.index_file, args.results_file)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from utils import UserError, missing_folders, read_json, write_json
+from utils import UserError, is_disk_full, missing_folders, read_json, write_json
 
 WRITTEN = ".written.json"
 LOADERS = ("config.json", "adapter_config.json")  # without one of them nothing loads a folder
@@ -53,7 +53,9 @@ def new_folder(target: str | Path, overwrite: bool = False, reads: Iterable[Path
             if target.exists():
                 target.rename(old)
             partial.rename(target)
-        except (OSError, SafetensorError) as error:
+        except Exception as error:  # libraries have classes of their own for a full disk
+            if not isinstance(error, (OSError, SafetensorError)) and not is_disk_full(error):
+                raise
             raise UserError(f"{what_failed(error, target, partial)}; {target} is as it was before") from None
         finally:
             _recover(target, old)
@@ -133,7 +135,7 @@ def disk_full_is_said(folder: Path, what: str = "the checkpoint") -> Iterator[No
     try:
         yield
     except Exception as error:  # OSError, torch's RuntimeError, or safetensors' own, which is neither
-        full = "No space left on device" in str(error) or shutil.disk_usage(folder.parent).free < 2**20
+        full = is_disk_full(error) or shutil.disk_usage(folder.parent).free < 2**20
         shutil.rmtree(folder, ignore_errors=True)
         if not full:
             raise
@@ -176,7 +178,8 @@ def remove_written(folder: Path) -> None:
 def what_failed(error: Exception, *places: Path) -> str:
     """What went wrong while the first of `places` was made: a write, or a read if the error names a file outside of them."""
     named, why = getattr(error, "filename", None), getattr(error, "strerror", None) or str(error)
-    if isinstance(named, (str, os.PathLike)) and not any(Path(named).is_relative_to(place) for place in places):
+    outside = isinstance(named, (str, os.PathLike)) and not any(Path(named).is_relative_to(place) for place in places)
+    if outside and not is_disk_full(error):
         return f"{named}: cannot be read ({why})"
     return f"{places[0]}: cannot be written ({why})"
 

@@ -68,10 +68,11 @@ def run_main(main: Callable[[], Any]) -> None:
         where = f"{str(error.filename)[:300]}: " if error.filename else ""
         print(f"error: {where}{error.strerror}", file=sys.stderr, flush=True)
         sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except Exception as error:  # libraries have classes of their own for these two
+        if not (is_out_of_memory(error) or is_disk_full(error)):
             raise
-        print(f"error: out of memory ({first_line(error)})", file=sys.stderr, flush=True)
+        what = "out of memory" if is_out_of_memory(error) else "the disk is full"
+        print(f"error: {what} ({first_line(error)})", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
@@ -82,6 +83,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that a GPU or the host has no memory left."""
     words = f"{type(error).__name__} {error}"
     return any(part in words for part in ("MemoryError", "out of memory", "can't allocate memory"))
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether `error`, whatever its class, says that a disk has no room left."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
 
 
 def set_seed(seed: int) -> None:

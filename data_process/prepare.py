@@ -35,7 +35,7 @@ from data_process.dataset_files import DATASET_KINDS, Chosen, write_dataset
 from data_process.raw_files import BadLines
 from flag_values import real, whole
 from provenance import note_made, record_path, refuse_input
-from utils import UserError, say
+from utils import UserError, is_disk_full, say
 
 SHORTEST = 3  # leave-one-out: one item to learn from, one to validate, one to test
 ITEM_TEXTS = ("title", "description", "brand", "categories")
@@ -200,6 +200,10 @@ def staging(folder: Path) -> Iterator[Path]:
                 if left.is_dir():
                     shutil.rmtree(left)
             yield place
+        except pl.exceptions.PolarsError as error:
+            if not is_disk_full(error):
+                raise
+            raise UserError(f"{folder}: cannot be written (No space left on device)") from None
         finally:
             shutil.rmtree(place)
             with contextlib.suppress(OSError):

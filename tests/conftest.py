@@ -3,8 +3,9 @@
 import fcntl
 import os
 import signal
+import subprocess
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,22 @@ def abuse_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from abuse_world import make_abuse_world
 
     return make_abuse_world(tmp_path_factory.mktemp("abuse"))
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Makes a disk with so many bytes of room; skipped where nothing can be mounted."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def make(room: int) -> Path:
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", place], capture_output=True).returncode:
+            pytest.skip("only root can mount a disk")
+        (place / "fill").write_bytes(bytes(2**18 - room))
+        return place
+
+    yield make
+    subprocess.run(["umount", place], capture_output=True)
 
 
 @pytest.fixture

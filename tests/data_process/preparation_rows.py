@@ -248,6 +248,23 @@ FILES = [
         "new items and a pipe beside the old ones", "add", "Toy.user2id: is not a regular file", pipe("Toy/Toy.user2id")
     ),
     Abuse("new items where user texts are", "add", "Toy2.user.json is there already", write("Toy2/Toy2.user.json", {})),
+    *(
+        Abuse(
+            f"results with {key} 5",
+            "check",
+            "must be an object",
+            put("r.json", *keys, value=5),
+            ("--verify", "--results_file", "{w}/r.json"),
+        )
+        for key, keys in (("hashes", ("config", "data_sha256")), ("a checkpoint", ("config", "arguments", "ckpt_path")))
+    ),
+    Abuse(
+        "a broken record",
+        "check",
+        "provenance.json: broken JSON",
+        write("Toy/Toy.provenance.json", b"["),
+        ("--verify",),
+    ),
     Abuse("no dataset", "to recbole", "no such file", both(remove("Toy"), write("out/Toy/x", b""))),
     Abuse("categories that are numbers", "to recbole", None, put(ITEM, "1", "categories", value=[1, None])),
     Abuse("categories that are numbers", "texts", None, put(ITEM, "1", "categories", value=[1, None])),

@@ -135,3 +135,17 @@ def test_two_at_once(world, tmp_path, clock, capsys, command, target) -> None:
 
 def test_no_row_is_there_twice() -> None:
     assert len(set(map(str, ROWS))) == len(ROWS)
+
+
+@pytest.mark.parametrize("room", [0, 4096, 20_000])
+@pytest.mark.parametrize("command", ["table", "to recbole", "embed", "base", "merge", "fp16"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(world, tmp_path, clock, capsys, full_disk, command, room) -> None:
+    main, own = COMMANDS[command]
+    where = {"table": "data_path", "to recbole": "target", "embed": "output_file", "base": "target"}
+    flag = {"merge": "target-model-path", "fp16": "out-checkpoint"}.get(command) or where[command]
+    disk = full_disk(room)
+    place = disk if command in ("table", "to recbole") else disk / ("x.npy" if command == "embed" else "x")
+    said = said_of(Abuse("", command, ""), main, [*own(world), f"--{flag}", str(place)], capsys)
+    if said is not None:
+        assert len(said) == 1 and said[0].startswith(f"error: {disk}") and "No space left" in said[0], said
+        assert [path.name for path in disk.iterdir()] == ["fill"]
