@@ -280,7 +280,10 @@ def with_role(*roles: Role) -> frozenset[str]:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the module's docstring as written, and the default of every flag."""
+    """Shows the module's docstring as written, and the default of every flag that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):

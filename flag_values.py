@@ -1,6 +1,6 @@
 """Kinds of values that flags take: each turns a text into a value, or says what is wrong with it. Used as argparse types.
 
-That a text is one which UTF-8 can write is checked for all of them at once (arguments.make_parser).
+That a text is one which UTF-8 can write is checked for all of them at once (arguments.Parser).
 """
 
 from __future__ import annotations

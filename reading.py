@@ -122,7 +122,7 @@ def load_model(
 
     Args:
         model_class: of transformers; with another one than a causal LM's the checkpoint may have parts that it has not (a
-            head), and lack a pooler.
+            head), lack a pooler or the decoder of an encoder-decoder, and be quantised.
 
     Raises:
         UserError: there is no model that loads, or its weights are not those of its configuration.
@@ -130,7 +130,8 @@ def load_model(
     config = model_config(path)
     if (Path(path) / ADAPTER).exists():  # transformers would apply it in passing
         raise UserError(f"{path}: holds a model and an adapter ({ADAPTER}); give each a folder of its own")
-    if getattr(config, "quantization_config", None) and "quantization_config" not in more:
+    causal = model_class is AutoModelForCausalLM
+    if causal and getattr(config, "quantization_config", None) and "quantization_config" not in more:
         raise UserError(f"{path}: config.json quantises the weights (quantization_config); take the plain model")
     with faults_said(path, "model"):
         model, report = model_class.from_pretrained(
@@ -138,8 +139,9 @@ def load_model(
         )
     missing, extra = sorted(report["missing_keys"]), sorted(set(map(str, report["unexpected_keys"])))
     extra = [name for name in extra if not name.endswith(BUFFERS)]
-    if model_class is not AutoModelForCausalLM:
-        missing, extra = [name for name in missing if "pooler" not in name], []
+    if not causal:
+        parts = ("pooler", "decoder.") if config.is_encoder_decoder else ("pooler",)
+        missing, extra = [name for name in missing if not any(part in name for part in parts)], []
     if missing or extra:
         what = f"lack {missing[0]}" if missing else f"have {extra[0]}, which the model has not"
         raise UserError(f"{path}: the weights do not fit config.json: they {what} ({len(missing + extra)} such names)")

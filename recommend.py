@@ -199,7 +199,7 @@ class Recommender(RequestReader):
         """An answer to each request, all decoded together: what it echoes and `items`, best first."""
         groups: dict[tuple[Template, int], list[int]] = defaultdict(list)
         for number, request in enumerate(requests):  # what is asked beside it must not change an answer
-            beams = max(self.num_beams, request.top_k + len(request.exclude))
+            beams = max(self.num_beams, 2 ** (request.top_k + len(request.exclude) - 1).bit_length())
             groups[self.template(request), beams].append(number)
         answers: list[dict[str, Any]] = [{} for _ in requests]
         for (template, beams), numbers in groups.items():

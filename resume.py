@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from convert.scan import check_checkpoint
@@ -19,10 +20,12 @@ def unfit_is_said(checkpoint: str | Path | None, what: str) -> Iterator[None]:
     """Whatever goes wrong while `what` of a checkpoint takes its place in the trainer is a `UserError`."""
     try:
         yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # noqa: BLE001  (what is not of this run fails in any way)
         raise UserError(
             f"{checkpoint}: its {what} cannot be gone on from ({first_line(error)}); name an older checkpoint"
-        ) from None
+        ) from error
 
 
 def find_resume(named: str | None, lora: bool, folder: Path) -> tuple[Path | None, Path | None]:

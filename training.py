@@ -156,24 +156,25 @@ class RecTrainer(Trainer):
         `batch`: the mean over the micro-batch's own labelled tokens, 0 without any. The `Trainer` divides it by the number of
         accumulated micro-batches, and the processes' gradients are averaged: a plain mean of means.
         `token`: the mean over all labelled tokens of the step, on all processes and accumulated micro-batches.
-        With `weights`, a token's loss is taken times its weight over the mean weight of the micro-batch's labelled tokens.
+        With `weights` the means are weighted ones; under `token`, whose step is not known at once, a token's loss counts by its
+        weight over the mean weight of its micro-batch.
         """
         drawn_for = inputs.pop("drawn_for", None)
         losses, tasks = self.token_losses(model, inputs)
         self._count(inputs, losses.detach(), tasks)
-        if self.weights is not None and len(losses):
-            labels = inputs["labels"][:, 1:]
-            weights = self.weights.to(labels.device)[labels[labels != IGNORE]]
-            losses = losses * weights / weights.mean()
+        keep = inputs["labels"][:, 1:] != IGNORE
+        shares = torch.ones_like(losses)
+        if self.weights is not None:
+            shares = self.weights.to(losses.device)[inputs["labels"][:, 1:][keep]]
+        losses = losses * shares
         if num_items_in_batch is not None:
-            return losses.sum() * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
+            mean = shares.mean() if len(shares) else 1.0
+            return losses.sum() / mean * self.accelerator.num_processes / num_items_in_batch.clamp(min=1)
         if drawn_for is None:
-            return losses.sum() / max(1, len(losses))
-        batch = drawn_for[:, 1:][
-            inputs["labels"][:, 1:] != IGNORE
-        ]  # samples count in the mean that they were drawn for
-        counts = sum_over_processes(torch.bincount(batch, minlength=self.accelerator.num_processes))
-        return (losses / counts[batch]).sum()
+            return losses.sum() / shares.sum().clamp(min=1e-12)
+        batch = drawn_for[:, 1:][keep]  # samples count in the mean that they were drawn for
+        sums = torch.bincount(batch, weights=shares, minlength=self.accelerator.num_processes)
+        return (losses / sum_over_processes(sums)[batch]).sum()
 
     def _count(self, inputs: dict[str, Any], losses: Tensor, tasks: Tensor) -> None:
         self._sums = self._sums.to(losses.device)

@@ -4,13 +4,14 @@
 #   bash benchmarks/accuracy.sh                         RQ-VAE indices, seeds 42 43 44, then flat ones (one token an item); one table
 #   METHOD=rqvae bash benchmarks/accuracy.sh            one of the two alone
 #   METHOD=x INDEX_FLAGS="--preset paper" bash benchmarks/accuracy.sh      an RQ-VAE of the texts with these flags, its index called x
-#   NAME=x METHOD=rqvae FINETUNE_FLAGS="--epochs 12" bash benchmarks/accuracy.sh        another recipe, in folders of its own
+#   NAME=x METHOD=rqvae FINETUNE_FLAGS="--epochs 12 --eval_delay 10" bash benchmarks/accuracy.sh        another recipe, in folders of its own
 #   DATASET=Mine SOURCE=./data/Mine bash benchmarks/accuracy.sh
 #
 # SOURCE (../shared/data/Office) holds <DATASET>.inter.json and <DATASET>.item.json. RQ-VAE indices are learned from text and
 # behaviour (data_process/behaviour.py): two levels, about 6 items to each code. A LLaMA of 1 to 2 million parameters with
 # two layers learns whole histories without instructions and without an end token (config/short_prompts.json): every item of a
 # history is predicted once an epoch. The epoch is chosen by NDCG@10 on the validation targets; the test targets are used once.
+# What lies in ckpt/accuracy/<DATASET> is kept: remove it when the recipe has changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/env.sh

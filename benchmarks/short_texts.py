@@ -29,8 +29,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("target", type=Path, help="the item file to write")
     parser.add_argument("--length", type=whole(1), default=240, help="characters of a description")
     options = parser.parse_args(argv)
-    if options.length < 1:
-        raise UserError(f"--length {options.length}: must be at least 1")
     if options.target.exists():
         raise UserError(f"{options.target} is there already; delete it or choose another file")
     read_items(options.source)

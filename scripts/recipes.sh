@@ -1,4 +1,4 @@
-# Sourced by run.sh: the settings of each dataset.
+# Sourced by run.sh and benchmarks/accuracy.sh: the settings of each dataset.
 
 # codes_of ITEM_FILE N: the codes of an index level for a dataset: a power of two with about N items to each code.
 codes_of() {

@@ -174,3 +174,16 @@ def test_two_processes_train_as_by_hand(world, name, average):
     check_log(files[0]["log"][:1], wanted[:1], rel=1e-2)
     away = [sum((m.state_dict()[key] - state[key].float()).norm() ** 2 for key in state) for m in (model, other)]
     assert away[0] < away[1] / 4
+
+
+@pytest.mark.slow
+def test_two_processes_weigh_the_last_codes(world):
+    words = flags(world, 2, "--packing", "--last_code_weight", "3")
+    together(record_batches.main, [str(world / "batches"), *words])
+    files = [json.loads((world / f"batches.{rank}.json").read_text()) for rank in (0, 1)]
+    model, tokenizer, data = prepared(world)[0], AutoTokenizer.from_pretrained(world / "out"), world / "data/Toy"
+    last = {index[-1] for index in json.loads((data / "Toy.index.json").read_text()).values()}
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    weights = torch.tensor([3.0 if token in last else 1.0 for token in tokens])
+    drawn = as_drawn([file["batches"] for file in files])
+    check_log(files[0]["log"], train_by_hand(model, tokenizer, drawn, 2, "batch", weights))
