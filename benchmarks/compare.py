@@ -357,7 +357,10 @@ def main(argv: list[str] | None = None) -> None:
     record = {"arguments": vars(options), "versions": versions(), "grids": grids, "chosen": chosen}
     write_json(folder / "compare.json", record)
     if options.references:
-        command = f"python benchmarks/compare.py --dataset {data.name} --models {' '.join(chosen)} --seeds {seeds}"
+        command = (
+            f"python benchmarks/compare.py --data_path {options.data_path} --dataset {data.name} --models "
+            f"{' '.join(chosen)} --seeds {seeds} --max_his_len {options.max_his_len}"
+        )
         write_references(Path(options.references), data.name, {name: rows[name] for name in chosen}, command, chosen)
     say(text)
 
