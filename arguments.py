@@ -276,6 +276,11 @@ def with_role(*roles: Role) -> frozenset[str]:
     return frozenset(flag.name for flag in ALL if flag.role in roles)
 
 
+def defaults() -> dict[str, Any]:
+    """The default of every flag."""
+    return {flag.name: flag.default for flag in ALL}
+
+
 # ---- parsers ----
 
 

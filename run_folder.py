@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from arguments import Role, with_role
+from arguments import Role, defaults, with_role
 from folders import LOADERS, locked, partial_of, to_disk
 from utils import UserError, checkpoints, is_plain_name, read_json, regular_file, say, sha256, write_json
 
@@ -78,9 +78,9 @@ class RunRecord:
         Raises:
             UserError: names the first flag or file that differs.
         """
-        free = with_role(Role.FREE)
+        free, before_all = with_role(Role.FREE), defaults() | self.arguments  # a flag that is younger than the run
         for flag, value in now.arguments.items():
-            before = self.arguments.get(flag, value)
+            before = before_all.get(flag, value)
             if flag not in free and before != value:
                 raise UserError(
                     f"--{flag} is {value!r}, but the run to go on with had {before!r} ({where}); "

@@ -40,7 +40,7 @@ def encoder_device(name: str) -> str:
         kind = torch.device(name).type
     except RuntimeError:
         kind = ""
-    if kind not in ("cpu", "cuda", "mps"):
+    if kind in ("", "meta"):
         raise UserError(f"--device {name}: no such device; use cpu or cuda:0")
     if kind == "cuda" and not torch.cuda.is_available():
         say(f"no CUDA here: --device {name} becomes cpu")

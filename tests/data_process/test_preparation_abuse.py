@@ -146,6 +146,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(world, tmp_path, clock, caps
     disk = full_disk(room)
     place = disk if command in ("table", "to recbole") else disk / ("x.npy" if command == "embed" else "x")
     said = said_of(Abuse("", command, ""), main, [*own(world), f"--{flag}", str(place)], capsys)
+    assert said is not None or room, "no room at all, and nothing said"
     if said is not None:
         assert len(said) == 1 and said[0].startswith(f"error: {disk}") and "No space left" in said[0], said
         assert [path.name for path in disk.iterdir()] == ["fill"]
