@@ -60,7 +60,7 @@ def single_texts(rows: list[list[str]], model_path: str, threads: int) -> tuple[
                 means.append((output.last_hidden_state * mask).sum(1) / mask.sum(1))
             found.append(torch.cat(means).mean(0).numpy())
     spent = time.perf_counter() - start[0], time.process_time() - start[1]
-    weights = sum(module.weight.numel() for module in model.encoder.modules() if isinstance(module, torch.nn.Linear))
+    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
     return np.stack(found), 2 * weights * count, *spent
 
 
