@@ -199,7 +199,8 @@ class Recommender(RequestReader):
         """An answer to each request, all decoded together: what it echoes and `items`, best first."""
         groups: dict[tuple[Template, int], list[int]] = defaultdict(list)
         for number, request in enumerate(requests):  # what is asked beside it must not change an answer
-            beams = max(self.num_beams, 2 ** (request.top_k + len(request.exclude) - 1).bit_length())
+            needed = request.top_k + len(request.exclude)  # in few sizes, so that there are few groups
+            beams = self.num_beams if needed <= self.num_beams else 2 ** (needed - 1).bit_length()
             groups[self.template(request), beams].append(number)
         answers: list[dict[str, Any]] = [{} for _ in requests]
         for (template, beams), numbers in groups.items():
