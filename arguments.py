@@ -128,9 +128,16 @@ MIXTURE = (
     Flag(
         "swap_items",
         0.0,
-        "seqrec: share of the training items that an item like them (by --init_item_tokens) stands for, drawn in each epoch",
+        "seqrec: share of the training items that an item like them (by --swap_by) stands for, drawn in each epoch",
         real(0, below=1),
         Role.TRAINING,
+    ),
+    Flag(
+        "swap_by",
+        None,
+        "file of item embeddings (items, dim) that tells which items are alike; that of --init_item_tokens if absent",
+        role=Role.FREE,
+        metavar="NPY",
     ),
     Flag("valid_prompt_id", 0, "template of the validation (--no-sample_valid)", whole(0), Role.TRAINING),
     Flag("sample_valid", True, "validate each user with randomly drawn templates", None, Role.TRAINING),

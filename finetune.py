@@ -73,14 +73,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.deepspeed.lower() == "none":
         args.deepspeed = None
     stage = zero_stage(deepspeed_of(args))
-    for flag in ("init_item_tokens", "prompt_file"):
+    for flag in ("init_item_tokens", "swap_by", "prompt_file"):
         if getattr(args, flag) and (flag, getattr(args, flag)) != ("init_item_tokens", WORDS):
             try:
                 regular_file(getattr(args, flag))
             except UserError as error:
                 raise UserError(f"--{flag} {error}") from None
-    if args.swap_items and args.init_item_tokens in (None, "", WORDS):
-        raise UserError("--swap_items needs item embeddings: --init_item_tokens F.npy")
+    if args.swap_items and not args.swap_by and args.init_item_tokens in (None, "", WORDS):
+        raise UserError("--swap_items needs item embeddings: --swap_by F.npy")
+    if args.swap_by and not args.swap_items:
+        raise UserError("--swap_by does nothing without --swap_items")
     if args.new_rows_learning_rate is not None and (args.deepspeed or args.lora):
         raise UserError("--new_rows_learning_rate goes with whole weights and --deepspeed none alone")
     if args.overwrite_output_dir and args.resume_from_checkpoint == "auto":
@@ -133,7 +135,8 @@ def item_swap(args: argparse.Namespace, n_items: int) -> ItemSwap | None:
     """What `--swap_items` asks for."""
     if not args.swap_items:
         return None
-    return ItemSwap(read_item_vectors(Path(args.init_item_tokens), n_items), args.swap_items)
+    flag = "swap_by" if args.swap_by else "init_item_tokens"
+    return ItemSwap(read_item_vectors(Path(getattr(args, flag)), n_items, f"--{flag}"), args.swap_items)
 
 
 def deepspeed_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -231,7 +234,7 @@ def load_for_training(
 def describe_run(args: argparse.Namespace, data: RecData, train: TrainSet, valid: ValidSet) -> RunRecord:
     """What the run is made of."""
     files = dict(data.files)
-    for flag in ("prompt_file", "deepspeed", "init_item_tokens"):
+    for flag in ("prompt_file", "deepspeed", "init_item_tokens", "swap_by"):
         if getattr(args, flag) and getattr(args, flag) != WORDS:
             files[flag] = Path(getattr(args, flag))
     return RunRecord(

@@ -13,8 +13,11 @@ CHUNK = 1024  # items whose likeness to all others is held at once
 NEIGHBOURS, SHARPNESS = 10, 10.0  # items that may stand for another, weighed by exp(sharpness * cosine)
 
 
-def read_item_vectors(path: Path, n_items: int) -> np.ndarray:
+def read_item_vectors(path: Path, n_items: int, flag: str = "--init_item_tokens") -> np.ndarray:
     """The embeddings in a `.npy` of (items, dim), centred and scaled to length 1: float32 (items, dim).
+
+    Args:
+        flag: who named the file, for errors.
 
     Raises:
         UserError: the file is no finite array with a row for each item.
@@ -22,11 +25,10 @@ def read_item_vectors(path: Path, n_items: int) -> np.ndarray:
     try:
         vectors = read_array(path)
     except UserError as error:
-        raise UserError(f"--init_item_tokens {error}") from None
+        raise UserError(f"{flag} {error}") from None
     if vectors.ndim != 2 or len(vectors) != n_items or not vectors.shape[1] or not np.isfinite(vectors).all():
         raise UserError(
-            f"--init_item_tokens {path}: shape {vectors.shape}; needed: a row of finite numbers for each of "
-            f"the {n_items} items"
+            f"{flag} {path}: shape {vectors.shape}; needed: a row of finite numbers for each of the {n_items} items"
         )
     vectors -= vectors.mean(axis=0)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
