@@ -65,8 +65,10 @@ begin() {
 stage_data() {
   if [ "$DATASET" = ml-100k ]; then
     if begin data "$stem.inter.json"; then
+      local source
+      source="$(python data_process/fetch.py ml-100k)"
       # shellcheck disable=SC2086
-      python data_process/from_recbole.py --source "$(python data_process/fetch.py ml-100k)" --data_path "$DATA_PATH" \
+      python data_process/from_recbole.py --source "$source" --data_path "$DATA_PATH" \
         --dataset ml-100k --k_core 1 --item_kind movie --overwrite ${DATA_FLAGS:-}
     fi
   elif [ ! -e "$stem.inter.json" ] || [ ! -e "$stem.item.json" ]; then
@@ -86,8 +88,7 @@ stage_embed() {
   case "$FINETUNE_RECIPE" in *--init_item_tokens*) needed=1 ;; esac
   if [ "$needed" = 0 ] && [ -e "$stem.index.json" ] && [ "${FORCE:-0}" != 1 ]; then echo "== embed: $stem.index.json is there, not needed"; return; fi
   if begin embed "$stem.emb-minilm-td.npy"; then
-    python data_process/embed.py --data_path "$DATA_PATH" --dataset "$DATASET" --plm_name minilm \
-      --model_path "$(python data_process/fetch.py minilm)" --overwrite
+    embed "$DATA_PATH" "$DATASET" --overwrite
   fi
   if [ "$BEHAVIOUR" = 1 ] && begin behaviour "$stem.emb-behaviour.npy"; then
     python data_process/behaviour.py --data_path "$DATA_PATH" --dataset "$DATASET" --text "$stem.emb-minilm-td.npy" \

@@ -11,7 +11,7 @@
 # behaviour (data_process/behaviour.py): two levels, about 6 items to each code. A LLaMA of 1 to 2 million parameters with
 # two layers learns whole histories without instructions and without an end token (config/short_prompts.json): every item of a
 # history is predicted once an epoch. The epoch is chosen by NDCG@10 on the validation targets; the test targets are used once.
-# What lies in ckpt/accuracy/<DATASET> is kept: remove it when the recipe has changed.
+# The same command goes on where it was cut off. What is done is kept: remove ckpt/accuracy/<DATASET> when the recipe has changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/env.sh
@@ -23,14 +23,10 @@ SOURCE="${SOURCE:-../shared/data/$DATASET}"
 METHOD="${METHOD:-rqvae flat}"
 work="./ckpt/accuracy/$DATASET"
 stem="$work/$DATASET/$DATASET"
-for kind in inter item; do
-  [ -e "$SOURCE/$DATASET.$kind.json" ] || { echo "error: $SOURCE/$DATASET.$kind.json is missing (SOURCE, DATASET)" >&2; exit 2; }
-  mkdir -p "$work/$DATASET"
-  ln -sfn "$(realpath "$SOURCE/$DATASET.$kind.json")" "$stem.$kind.json"
-done
-if [ ! -e "$stem.emb-minilm-td.npy" ]; then
-  python data_process/embed.py --data_path "$work" --dataset "$DATASET" --plm_name minilm --model_path "$(python data_process/fetch.py minilm)"
-fi
+made_of "$work" "$SOURCE" "$DATASET"
+mkdir -p "$work/$DATASET"
+for kind in inter item; do ln -sfn "$(realpath "$SOURCE/$DATASET.$kind.json")" "$stem.$kind.json"; done
+if [ ! -e "$stem.emb-minilm-td.npy" ]; then embed "$work" "$DATASET"; fi
 if [ ! -e "$stem.emb-behaviour.npy" ]; then
   python data_process/behaviour.py --data_path "$work" --dataset "$DATASET" --text "$stem.emb-minilm-td.npy" \
     --output_file "$stem.emb-behaviour.npy"
@@ -56,7 +52,7 @@ make_index() {
 
 # one METHOD SEED: fine-tune and test, if that is not done
 one() {
-  local run="$work/${NAME:-$1}-seed$2" recipe="--epochs 16 --eval_delay 14 --learning_rate 3e-3 --dropout 0.2 --swap_items 0.2 --last_code_weight 3"
+  local run="$work/${NAME:+$NAME-}$1-seed$2" recipe="--epochs 16 --eval_delay 14 --learning_rate 3e-3 --dropout 0.2 --swap_items 0.2 --last_code_weight 3"
   local form=(--data_path "$work" --dataset "$DATASET" --index_file ".$1.json" --prompt_file config/short_prompts.json --his_sep= --no_eos)
   if [ "$1" = flat ]; then recipe="--epochs 12 --eval_delay 9 --learning_rate 2e-3 --dropout 0.3"; fi
   if [ ! -e "$run/base/config.json" ]; then
@@ -64,7 +60,7 @@ one() {
   fi
   if [ ! -e "$run/model/config.json" ]; then
     # shellcheck disable=SC2086
-    python finetune.py --base_model "$run/base" --output_dir "$run/model" --overwrite_output_dir "${form[@]}" --seed "$2" \
+    python finetune.py --base_model "$run/base" --output_dir "$run/model" --resume_from_checkpoint auto "${form[@]}" --seed "$2" \
       --deepspeed none --packing --no-gradient_checkpointing --tasks seqrec --train_prompt_sample_num 1 --train_data_sample_num 0 \
       --history_windows --init_item_tokens "$stem.emb-minilm-td.npy" --per_device_batch_size 64 --gradient_accumulation_steps 1 \
       --warmup_ratio 0.05 --logging_step 50 --valid_prompt_sample_num 1 --eval_ranking 1000000 --select_by ndcg@10 \
@@ -79,9 +75,9 @@ for method in $METHOD; do
   results=()
   for seed in ${SEEDS:-42 43 44}; do
     one "$method" "$seed"
-    results+=("$work/${NAME:-$method}-seed$seed/result.json")
+    results+=("$work/${NAME:+$NAME-}$method-seed$seed/result.json")
   done
   python report.py --results_file "${results[@]}" --data_path "$work" --dataset "$DATASET" --index_file ".$method.json" \
-    --table_file "$work/${NAME:-$method}.table.md" --references benchmarks/references.json
+    --table_file "$work/${NAME:+$NAME-}$method.table.md" --references benchmarks/references.json
 done
-if [ -e "$SOURCE/SOURCE.md" ]; then echo "references of $SOURCE/SOURCE.md:"; grep '^|' "$SOURCE/SOURCE.md"; fi
+if [ -e "$SOURCE/SOURCE.md" ]; then echo "references of $SOURCE/SOURCE.md:"; sed -n '/^|/p' "$SOURCE/SOURCE.md"; fi

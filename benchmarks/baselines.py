@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data_process import to_recbole
 from data_process.fetch import cache_folder
+from folders import locked
 from utils import UserError, read_json, say, sha256, write_json
 
 HERE = Path(__file__).resolve().parent
@@ -36,8 +37,14 @@ def recbole_python() -> Path:
     mark = hashlib.sha256(f"{REQUIREMENTS.read_text()}\0{ours}\0{sys.version}".encode()).hexdigest()[:8]
     folder = cache_folder() / f"recbole-env-{mark}"
     python, complete = folder / "bin" / "python", folder / "complete"
-    if complete.is_file():
-        return python
+    with locked(folder):
+        if not complete.is_file():
+            _make_environment(folder, ours)
+    return python
+
+
+def _make_environment(folder: Path, ours: Path) -> None:
+    python = folder / "bin" / "python"
     say(f"setting up RecBole in {folder} (once)")
     shutil.rmtree(folder, ignore_errors=True)
     venv.create(folder, symlinks=True)
@@ -48,8 +55,7 @@ def recbole_python() -> Path:
         raise UserError(f"RecBole's environment {folder} cannot be made: {reason}")
     site = next((folder / "lib").glob("python*")) / "site-packages"
     (site / "ours.pth").write_text(f"{ours}\n", encoding="utf-8")  # after RecBole's own packages
-    complete.touch()
-    return python
+    (folder / "complete").touch()
 
 
 def prepare(data_path: str, dataset: str, target: Path, max_his_len: int) -> Path:
@@ -66,12 +72,17 @@ def train(folder: Path, config_file: Path, settings: dict[str, Any]) -> dict[str
         settings: `{"model", "dataset", "recbole"}` for recbole_run.py; what else it has must only be the same when it goes on.
 
     Raises:
-        UserError: the folder has a run with other settings, or RecBole stopped.
+        UserError: the folder has a run with other settings, another process writes it, or RecBole stopped.
     """
-    if folder.is_dir():
+    with locked(folder):
+        if not folder.is_dir():
+            _run_recbole(folder, config_file, settings)
         if read_json(folder / "settings.json") != settings:
             raise UserError(f"{folder}: was made with other settings or data; name another --work, or delete it")
         return read_json(folder / "trained.json")
+
+
+def _run_recbole(folder: Path, config_file: Path, settings: dict[str, Any]) -> None:
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     write_json(partial / "settings.json", settings)
@@ -87,7 +98,6 @@ def train(folder: Path, config_file: Path, settings: dict[str, Any]) -> dict[str
         )
     shutil.rmtree(partial / "log_tensorboard", ignore_errors=True)
     partial.rename(folder)
-    return read_json(folder / "trained.json")
 
 
 def data_hashes(data_path: str, dataset: str) -> dict[str, str]:

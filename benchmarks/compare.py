@@ -1,7 +1,7 @@
 """Popularity and RecBole's sequential models on a dataset, on the same split and candidates as this model, in one table.
 
     python benchmarks/compare.py --data_path ../shared/data --dataset Office
-    python benchmarks/compare.py --data_path ./data --dataset ml-100k --models SASRec --seeds 42 43 \\
+    python benchmarks/compare.py --data_path ./data --dataset ml-100k --models SASRec --max_his_len 50 \\
       --results "LC-Rec=results/ml-100k/result.json" --references benchmarks/references.json
 
 Leave one out, the last `--max_his_len` items as history, all items ranked, what the user has met included. RecBole 1.2.1 trains
@@ -12,8 +12,8 @@ validation targets. The setting with the best validation NDCG@10 of this grid is
 `--results` adds lists that test.py wrote (several files of one name: seeds), and a table of differences with 95 % intervals by a
 paired bootstrap over the users that both have. All figures come from lists of 20 items by metrics/ranking.py. Popularity
 counts the training parts. What is trained lies in `<work>/<dataset>/<model>/` with settings, log and lists; the same command
-goes on from there. Writes `<work>/<dataset>/compare.md` and `compare.json`. `--references F` puts the baselines' rows into F
-for report.py.
+goes on from the last model that was finished. Writes `<work>/<dataset>/compare.md` and `compare.json`. `--references F` puts the
+baselines' rows into F for report.py.
 """
 
 from __future__ import annotations
@@ -238,8 +238,8 @@ class Tuning:
         return Row(joined(list(ranks.values())), ranks if len(seeds) > 1 else {}, clock(seconds), f"{parameters:,}")
 
 
-def our_rows(named: list[str], data: RecData) -> dict[str, Row]:
-    """The rows of `--results NAME=FILE …`. Raises UserError for files of other data."""
+def our_rows(named: list[str], data: RecData, max_his_len: int) -> dict[str, Row]:
+    """The rows of `--results NAME=FILE …`. Raises UserError for files of other data or other histories."""
     targets = {user: items[-1] for user, items in data.inters.items()}
     files: dict[str, list[Path]] = {}
     for text in named:
@@ -247,6 +247,12 @@ def our_rows(named: list[str], data: RecData) -> dict[str, Row]:
         files.setdefault(name or "LC-Rec", []).append(Path(path))
     rows = {}
     for name, paths in files.items():
+        for path in paths:
+            used = read_results(path)["config"]["arguments"].get("max_his_len", max_his_len)
+            if max(used, 0) != max(max_his_len, 0):
+                raise UserError(
+                    f"{path}: histories of {used} items; give --max_his_len {used}, so that all see the same"
+                )
         runs = {str(path): user_ranks(predictions_of(path), targets) for path in paths}
         rows[name] = Row(joined(list(runs.values())), runs if len(runs) > 1 else {}, *checkpoint_facts(paths[0]))
     return rows
@@ -333,7 +339,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--references", type=file_name, metavar="F", help="write the baselines' rows to this file")
     options = parser.parse_args(argv)
     data = read_dataset(options.data_path, options.dataset)
-    ours = our_rows(options.results, data)  # their faults first: training takes long
+    ours = our_rows(options.results, data, options.max_his_len)  # their faults first: training takes long
     folder = Path(options.work) / data.name
     places = popularity_ranks(data, leave_out_seen=False).tolist()
     rows = {"popularity": Row({user: [rank] for user, rank in zip(data.inters, places, strict=True)})}

@@ -1,11 +1,12 @@
-"""Harder search queries: the same users and items, no word of an item's title in its queries, in whatever form.
+"""Harder search queries: the same items, no word of an item's title in its queries, in whatever form.
 
     python benchmarks/hard_queries.py --data_path ./data --dataset Office --target_path ./data-hard
 
 Writes `<target_path>/<D>/<D>.user.json` with other test queries, and links to the dataset's other files beside it, so that
 `test.py --data_path <target_path>` tests on them. A word goes if it and a content word of the title (three letters or more)
 have the same stem (`same_stem`). What is left still comes from the item's own description where the texts were made by rule. A
-user whose query has nothing left has a blank one, which test.py leaves out and counts.
+user with a wording of which nothing is left is left out by test.py, which counts them; others may be asked their other wording, since
+that is drawn by a sample's number.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from arguments import make_parser
 from data import read_inters, read_items, read_users
 from data_process.rule_texts import content_words
-from utils import UserError, read_json, run_main, say, write_json
+from folders import new_folder
+from utils import read_json, run_main, say, write_json
 
 PARTS = re.compile(r"[^\W_]{2,}")  # of a word with hyphens each part; digits too: model numbers name an item
 
@@ -49,8 +51,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--target_path", required=True, type=Path, help="folder to write <dataset>/ to")
     options = parser.parse_args(argv)
     source, target = Path(options.data_path) / options.dataset, options.target_path / options.dataset
-    if target.exists():
-        raise UserError(f"{target} is there already; delete it or choose another --target_path")
     titles, _ = read_items(source / f"{options.dataset}.item.json")
     users = source / f"{options.dataset}.user.json"
     found = read_users(
@@ -62,11 +62,11 @@ def main(argv: list[str] | None = None) -> None:
         harder = [without_title(query, titles[intention.item]) for query in intention.queries]
         changed += harder != list(intention.queries)
         content["user_vague_intention"]["test"][user]["querys"] = harder
-    target.mkdir(parents=True)
-    for path in source.iterdir():
-        if path.name != users.name:
-            (target / path.name).symlink_to(path.resolve())
-    write_json(target / users.name, content, indent=1)
+    with new_folder(target) as partial:
+        for path in sorted(source.glob(f"{options.dataset}.*")):
+            if path.name != users.name:
+                (partial / path.name).symlink_to(path.resolve())
+        write_json(partial / users.name, content, indent=1)
     say(f"{target}: {changed:,} of {len(found.intentions['test']):,} users have other queries")
 
 

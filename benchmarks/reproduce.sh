@@ -9,9 +9,10 @@
 # instead of 100. All rows begin with these weights. Then come the row's tasks in the paper's instruction frame:
 #   SEQ seqrec | +MUT item2index, index2item | +ASY fusionseqrec | +ITE itemsearch | +PER preferenceobtain
 # each row the tasks of those before it too; random:ROW is the same architecture and tokenizer from random weights, in both phases.
-# Rows take the same number of steps of 16 samples (on Office half of them or more sequences), data (descriptions cut at 240
-# characters, since a token takes milliseconds), RQ-VAE indices (text and behaviour, two levels), settings, and test users. Nothing is
-# chosen by results: the last weights count. The rows "histories" are the first phase alone, asked without instructions.
+# All rows take the same number of steps of 16 samples; on Office at least half of these are seqrec's. They share data (descriptions cut
+# at 240 characters, since a token takes milliseconds), RQ-VAE indices (text and behaviour, two levels), settings, and, for one
+# SEED, test users. Nothing is chosen by results: the last weights count. The rows "histories" are the first phase alone, asked
+# without instructions. User texts are the dataset's own if it has some, else made by rule.
 # Settings: EPOCHS 5 | STEPS 120 | USERS 1000 (tested) | SHARE 1 | ROWS | SEED 42 | WORK ./ckpt/reproduce
 #   JOBS 2: rows at a time, each on its share of the cores (4.5 GiB of memory each) | DATASET Office | SOURCE ../shared/data/$DATASET
 #   FINETUNE_FLAGS: appended to finetune.py's, so they win (a change needs another WORK)
@@ -53,16 +54,13 @@ STEPS="$(part "${STEPS:-120}" 2)"
 USERS="$(part "${USERS:-1000}" 10)"
 work="${WORK:-./ckpt/reproduce}/$DATASET"
 stem="$work/$DATASET/$DATASET"
-for kind in inter item; do
-  [ -e "$SOURCE/$DATASET.$kind.json" ] || { echo "error: $SOURCE/$DATASET.$kind.json is missing (SOURCE, DATASET)" >&2; exit 2; }
-done
+made_of "$work" "$SOURCE" "$DATASET" "${FINETUNE_FLAGS:-}"
 mkdir -p "$work/$DATASET"
 ln -sfn "$(realpath "$SOURCE/$DATASET.inter.json")" "$stem.inter.json"
+if [ -e "$SOURCE/$DATASET.user.json" ]; then ln -sfn "$(realpath "$SOURCE/$DATASET.user.json")" "$stem.user.json"; fi
 if [ ! -e "$stem.item.json" ]; then python benchmarks/short_texts.py "$SOURCE/$DATASET.item.json" "$stem.item.json" --length 240; fi
 if [ ! -e "$stem.user.json" ]; then python data_process/user_texts.py --data_path "$work" --dataset "$DATASET"; fi
-if [ ! -e "$stem.emb-minilm-td.npy" ]; then
-  python data_process/embed.py --data_path "$work" --dataset "$DATASET" --plm_name minilm --model_path "$(python data_process/fetch.py minilm)"
-fi
+if [ ! -e "$stem.emb-minilm-td.npy" ]; then embed "$work" "$DATASET"; fi
 if [ ! -e "$stem.emb-behaviour.npy" ]; then
   python data_process/behaviour.py --data_path "$work" --dataset "$DATASET" --text "$stem.emb-minilm-td.npy" \
     --output_file "$stem.emb-behaviour.npy"
@@ -99,7 +97,7 @@ first="$work/seed$SEED-$EPOCHS-epochs" runs="$work/seed$SEED-$EPOCHS-epochs-$STE
 # histories [random:]: the first phase
 histories() {
   local base="$work/smollm2" random=""
-  if [ -n "$1" ]; then base="$work/smollm2-random" random=--random_weights; fi
+  if [ -n "$1" ]; then base="$work/smollm2-random-seed$SEED" random=--random_weights; fi
   # shellcheck disable=SC2086
   if [ ! -e "$base/config.json" ]; then python data_process/base_model.py smollm2 --target "$base" --seed "$SEED" $random; fi
   train "$base" "$first/$1histories" --tasks seqrec --prompt_file config/history_prompts.json --init_item_tokens words \
@@ -114,27 +112,30 @@ one() {
   case "$1" in random:*) random=random: ;; esac
   # shellcheck disable=SC2046
   train "$first/${random}histories/model" "$runs/$1" $(mixture "${1#random:}") --per_device_batch_size 16 --max_steps "$STEPS" \
-    --learning_rate 1e-4 --new_rows_learning_rate 3e-3 --model_max_length 384 --save_and_eval_strategy steps --save_and_eval_steps 30
+    --learning_rate 1e-4 --new_rows_learning_rate 3e-3 --model_max_length 384 --save_and_eval_strategy steps --save_and_eval_steps 30 \
+    --eval_delay "$((STEPS + 1))"
   score "$runs/$1"
 }
 
 # together FUNCTION NAME…: FUNCTION for each NAME, JOBS at a time; what they print goes to $work/logs
 together() {
-  local function="$1" name log pids=() failed=0
+  local function="$1" name log pids=() logs=() failed=0 i
   shift
   mkdir -p "$work/logs"
   for name in "$@"; do
     while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do sleep 1; done
     log="$work/logs/$function-${name:-pretrained}.txt"
     echo "== $(date +%H:%M) $function ${name:-pretrained} (tail -f $log)"
-    (set -e; "$function" "$name") > "$log" 2>&1 &
-    pids+=($!)
+    (set -e; "$function" "$name") >> "$log" 2>&1 &
+    pids+=($!) logs+=("$log")
   done
-  for name in "${pids[@]}"; do wait "$name" || failed=1; done
-  if [ "$failed" = 1 ]; then echo "error: not all were done; what they said last is in $work/logs" >&2; exit 1; fi
+  for i in "${!pids[@]}"; do
+    if ! wait "${pids[$i]}"; then failed=1; echo "${logs[$i]}:" >&2; tail -n 3 "${logs[$i]}" >&2; fi
+  done
+  if [ "$failed" = 1 ]; then echo "error: not all rows were done; the same command goes on from here" >&2; exit 1; fi
 }
 
-trap 'trap - INT; kill 0' INT
+trap 'trap - INT TERM HUP; kill 0' INT TERM HUP
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(($(nproc) > JOBS ? $(nproc) / JOBS : 1))}"
 starts=() results=()
 for random in "" random:; do
@@ -152,4 +153,4 @@ together histories "${starts[@]}"
 together one $ROWS
 echo "$DATASET, $EPOCHS epochs of histories, then $STEPS steps of 16 samples; $USERS test users"
 python benchmarks/task_table.py "${results[@]}"
-if [ -e "$SOURCE/SOURCE.md" ]; then grep '^| SASRec' "$SOURCE/SOURCE.md" | sed 's/^| SASRec/| SASRec, all users, recorded in SOURCE.md/'; fi
+if [ -e "$SOURCE/SOURCE.md" ]; then sed -n 's/^| SASRec/| SASRec, all users, recorded in SOURCE.md/p' "$SOURCE/SOURCE.md"; fi

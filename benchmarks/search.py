@@ -41,7 +41,7 @@ def bm25_lists(texts: list[str], queries: list[str]) -> np.ndarray:
     engine = bm25s.BM25()
     engine.index(bm25s.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
     words = bm25s.tokenize(queries, stopwords="en", show_progress=False)
-    return engine.retrieve(words, k=DEPTH, show_progress=False).documents
+    return engine.retrieve(words, k=min(DEPTH, len(texts)), show_progress=False).documents
 
 
 def nearest_lists(vectors: np.ndarray, queries: list[str]) -> np.ndarray:

@@ -6,12 +6,13 @@
 #
 # Models learn itemsearch and item2index, so they see the titles and descriptions that the references search (these uncut; for the
 # models descriptions end after 240 characters).
-# The queries are made by rule from the item's own description, brand and title words (data_process/user_texts.py), which is what
+# Unless the dataset brings its own user texts, the queries are made by rule from the item's own description, brand and title words (data_process/user_texts.py), which is what
 # BM25 looks for; the second table has harder ones, without any word of the title (benchmarks/hard_queries.py).
 # Settings: EPOCHS 5 | SMOLLM2_STEPS 0 | SEED 42 | DATASET Office | SOURCE ../shared/data/$DATASET | WORK ./ckpt/search
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/env.sh
+source scripts/recipes.sh
 setup_env benchmarks/requirements.txt
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"
 DATASET="${DATASET:-Office}"
@@ -22,17 +23,15 @@ SMOLLM2_STEPS="${SMOLLM2_STEPS:-0}"
 work="${WORK:-./ckpt/search}/$DATASET"
 full="$work/full" short="$work/short" hard="$work/hard"
 stem="$full/$DATASET/$DATASET"
-for kind in inter item; do
-  [ -e "$SOURCE/$DATASET.$kind.json" ] || { echo "error: $SOURCE/$DATASET.$kind.json is missing (SOURCE, DATASET)" >&2; exit 2; }
-  mkdir -p "$full/$DATASET"
-  ln -sfn "$(realpath "$SOURCE/$DATASET.$kind.json")" "$stem.$kind.json"
-done
+made_of "$work" "$SOURCE" "$DATASET"
+mkdir -p "$full/$DATASET"
+for kind in inter item; do ln -sfn "$(realpath "$SOURCE/$DATASET.$kind.json")" "$stem.$kind.json"; done
+if [ -e "$SOURCE/$DATASET.user.json" ]; then ln -sfn "$(realpath "$SOURCE/$DATASET.user.json")" "$stem.user.json"; fi
 if [ ! -e "$stem.user.json" ]; then python data_process/user_texts.py --data_path "$full" --dataset "$DATASET"; fi
-if [ ! -e "$stem.emb-minilm-td.npy" ]; then
-  python data_process/embed.py --data_path "$full" --dataset "$DATASET" --plm_name minilm --model_path "$(python data_process/fetch.py minilm)"
-fi
+if [ ! -e "$stem.emb-minilm-td.npy" ]; then embed "$full" "$DATASET"; fi
 if [ ! -e "$stem.index.json" ]; then
-  python index/main.py --data_path "$stem.emb-minilm-td.npy" --ckpt_dir "$work/index" --preset fast --num_emb_list 256 256 \
+  codes="$(codes_of "$stem.item.json" 13)"
+  python index/main.py --data_path "$stem.emb-minilm-td.npy" --ckpt_dir "$work/index" --preset fast --num_emb_list "$codes" "$codes" \
     --sk_epsilons 0 0.003 --layers 512 256 128
   python index/generate_indices.py --ckpt_path "$work/index" --output_file "$stem.index.json"
 fi
@@ -41,14 +40,14 @@ if [ ! -e "$short/$DATASET/$DATASET.item.json" ]; then
   for kind in inter user index; do ln -sfn "$(realpath "$stem.$kind.json")" "$short/$DATASET/$DATASET.$kind.json"; done
   python benchmarks/short_texts.py "$SOURCE/$DATASET.item.json" "$short/$DATASET/$DATASET.item.json" --length 240
 fi
-if [ ! -e "$hard/$DATASET" ]; then
+if [ ! -e "$hard/$DATASET/$DATASET.user.json" ]; then
   python benchmarks/hard_queries.py --data_path "$full" --dataset "$DATASET" --target_path "$hard"
 fi
 
 # model NAME BASE FLAGS…: train and test; adds to the lists of results
 plain=() harder=()
 model() {
-  local name="$1" base="$2" run="$work/$1-seed$SEED"
+  local name="$1" base="$2" run="$work/${1//[, ]/-}-seed$SEED"
   shift 2
   if [ ! -e "$run/model/config.json" ]; then
     python finetune.py --base_model "$base" --output_dir "$run/model" --resume_from_checkpoint auto --seed "$SEED" \
@@ -69,10 +68,11 @@ model() {
   done
 }
 
-if [ ! -e "$work/tiny/config.json" ]; then
-  python data_process/base_model.py tiny --data_path "$short" --dataset "$DATASET" --target "$work/tiny" --layers 2 --seed "$SEED"
+tiny="$work/tiny-seed$SEED"
+if [ ! -e "$tiny/config.json" ]; then
+  python data_process/base_model.py tiny --data_path "$short" --dataset "$DATASET" --target "$tiny" --layers 2 --seed "$SEED"
 fi
-model tiny "$work/tiny" --init_item_tokens "$stem.emb-minilm-td.npy" --per_device_batch_size 64 --epochs "$EPOCHS" --learning_rate 3e-3
+model "tiny, $EPOCHS epochs" "$tiny" --init_item_tokens "$stem.emb-minilm-td.npy" --per_device_batch_size 64 --epochs "$EPOCHS" --learning_rate 3e-3
 if [ "$SMOLLM2_STEPS" != 0 ]; then
   if [ ! -e "$work/smollm2/config.json" ]; then python data_process/base_model.py smollm2 --target "$work/smollm2"; fi
   model "SmolLM2, $SMOLLM2_STEPS steps" "$work/smollm2" --init_item_tokens words --per_device_batch_size 16 --max_steps "$SMOLLM2_STEPS" \

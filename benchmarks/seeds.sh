@@ -5,6 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/env.sh
+unset OUTPUT_DIR RESULTS_DIR  # each seed has its own
 setup_env requirements.txt
 DATASET="${DATASET:-ml-100k}"
 DATA_PATH="${DATA_PATH:-./data}"

@@ -25,13 +25,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("rows", nargs="+", metavar="NAME=RESULTS", help="a line's name and a results file of test.py")
     scores: dict[str, list[dict[str, float]]] = {}
+    metrics: list[str] = []
     for row in parser.parse_args(argv).rows:
         name, _, path = row.partition("=")
         content = read_json(path)
         if not isinstance(content, dict) or not isinstance(content.get("mean_results"), dict):
             raise UserError(f"{path}: is no results file (no mean_results)")
         scores.setdefault(name, []).append(content["mean_results"])
-    metrics = list(next(iter(scores.values()))[0])
+        metrics = metrics or list(content["mean_results"])
+        if list(content["mean_results"]) != metrics:
+            raise UserError(f"{path}: has other metrics than the first file ({', '.join(metrics)})")
     say("| tasks | " + " | ".join(metrics) + " |\n| --- |" + " --- |" * len(metrics))
     for name, runs in scores.items():
         say(f"| {name} | " + " | ".join(cell([run[metric] for run in runs]) for metric in metrics) + " |")

@@ -1,4 +1,27 @@
-# Sourced by run.sh and benchmarks/accuracy.sh: the settings of each dataset.
+# Sourced by run.sh and benchmarks/*.sh: the settings of each dataset, and steps that they share.
+
+# embed DATA_PATH DATASET [FLAGS…]: MiniLM's embeddings of the items' texts
+embed() {
+  local minilm
+  minilm="$(python data_process/fetch.py minilm)"
+  python data_process/embed.py --data_path "$1" --dataset "$2" --plm_name minilm --model_path "$minilm" "${@:3}"
+}
+
+# made_of WORK SOURCE DATASET [SETTINGS]: stops if SOURCE lacks the dataset, or WORK was made of other data or settings
+made_of() {
+  local kind of
+  for kind in inter item; do
+    [ -e "$2/$3.$kind.json" ] || { echo "error: $2/$3.$kind.json is missing (SOURCE, DATASET)" >&2; exit 2; }
+  done
+  of="$(cat "$2/$3".{inter,item}.json | cksum) ${4:-}"
+  mkdir -p "$1"
+  if [ ! -e "$1/made-of.txt" ]; then
+    echo "$of" > "$1/made-of.txt"
+  elif [ "$(cat "$1/made-of.txt")" != "$of" ]; then
+    echo "error: $1 was made of other data or settings ($1/made-of.txt, now: $of); remove it or name another" >&2
+    exit 2
+  fi
+}
 
 # codes_of ITEM_FILE N: the codes of an index level for a dataset: a power of two with about N items to each code.
 codes_of() {

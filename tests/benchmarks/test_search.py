@@ -47,7 +47,7 @@ def test_harder_queries_change_nothing_else(tmp_path, capsys):
         row["querys"] = old["querys"]
     assert after == before
     assert load_data(str(tmp_path / "hard"), "Toy").titles == titles
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists; choose another folder"):
         hard_queries.main(
             ["--data_path", str(tmp_path / "data"), "--dataset", "Toy", "--target_path", str(tmp_path / "hard")]
         )
