@@ -4,7 +4,8 @@
         --dataset Games --data_path ./data --per_device_batch_size 8 --gradient_accumulation_steps 2 \\
         --learning_rate 5e-5 --epochs 4 --weight_decay 0.01 --save_and_eval_strategy epoch \\
         --deepspeed ./config/ds_z3_bf16.json --bf16 --only_train_response --index_file .index.json
-    python finetune.py --base_model ./models/tiny --dataset ml-100k --data_path ./data --deepspeed none   # one process
+    python finetune.py --base_model ./models/tiny-ml-100k --output_dir ./ckpt/ml-100k-plain --dataset ml-100k \\
+        --data_path ./data --deepspeed none                            # one process
     torchrun --nproc_per_node=8 lora_finetune.py …                     # = finetune.py --lora: an adapter
 
 `<output_dir>/` holds the consolidated model when this ends, `checkpoint-N/` on the way, `run.json` (all arguments, versions,

@@ -1,6 +1,6 @@
 """Train a LoRA adapter: `finetune.py --lora`, under the name that users' scripts have for it.
 
-    torchrun --nproc_per_node=8 lora_finetune.py --base_model huggyllama/llama-7b --output_dir ./ckpt/Games/ \\
+    torchrun --nproc_per_node=8 lora_finetune.py --base_model huggyllama/llama-7b --output_dir ./ckpt/Games-lora/ \\
         --dataset Games --data_path ./data --bf16 --only_train_response
 """
 

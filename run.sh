@@ -8,8 +8,9 @@
 #   FORCE=1 bash run.sh finetune                       do it again although its output is there
 #
 # A stage whose output is there is skipped. Settings (environment variables, with their defaults):
-#   DATASET ml-100k | DATA_PATH ./data | BASE_MODEL (a tiny LLaMA, made on the spot) | NPROC (the GPUs; 2 for a tiny model) | SEED 42
-#   OUTPUT_DIR ./ckpt/$DATASET | RESULTS_DIR ./results/$DATASET | MODELS_DIR ./models | DEEPSPEED ./config/ds_z3_bf16.json
+#   DATASET ml-100k | DATA_PATH ./data | BASE_MODEL (a tiny LLaMA, made on the spot) | SEED 42
+#   NPROC (as many as there are GPUs, at most 2 for a tiny model; 2 on the CPU) | DEEPSPEED ./config/ds_z3_bf16.json (none: plain DDP)
+#   OUTPUT_DIR ./ckpt/$DATASET | RESULTS_DIR ./results/$DATASET (both with -seed$SEED behind them unless SEED is 42) | MODELS_DIR ./models
 #   PORT 23324 | DATA_FLAGS, INDEX_FLAGS, FINETUNE_FLAGS, TEST_FLAGS: appended to the stage's command, so they win
 #   BEHAVIOUR 1 (0: a tiny model's indices from texts alone, so that new items can be added later)
 #   VENV .venv | PYTHON python3 | FORCE 0

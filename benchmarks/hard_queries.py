@@ -5,8 +5,8 @@
 Writes `<target_path>/<D>/<D>.user.json` with other test queries, and links to the dataset's other files beside it, so that
 `test.py --data_path <target_path>` tests on them. A word goes if it and a content word of the title (three letters or more)
 have the same stem (`same_stem`). What is left still comes from the item's own description where the texts were made by rule. A
-user with a wording of which nothing is left is left out by test.py, which counts them; others may be asked their other wording, since
-that is drawn by a sample's number.
+user with a wording of which nothing is left is left out by test.py, which counts them; others may be asked their other wording,
+since that is drawn by a sample's number.
 """
 
 from __future__ import annotations

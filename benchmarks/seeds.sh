@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The embedded default with three seeds (base model, samples and templates all depend on it), in one table.
+# The embedded default with three seeds (base model, samples and templates depend on them; the item index is shared), in one table.
 #
 #   bash benchmarks/seeds.sh              SEEDS="42 43 44" by default; what is there is not made again (FORCE=1 redoes it)
 set -euo pipefail
