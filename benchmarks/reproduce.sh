@@ -6,14 +6,14 @@
 #   ROWS="SEQ +PER random:+PER" STEPS=300 bash benchmarks/reproduce.sh      fewer rows, each trained for longer
 #
 # Two phases. First the model learns histories, without instructions (config/history_prompts.json), EPOCHS times: 13 tokens a sample
-# instead of 100. All rows begin with these weights. Then come the row's tasks in the paper's instruction frame:
+# instead of 57. All rows begin with these weights. Then come the row's tasks in the paper's frame, with the loss on responses:
 #   SEQ seqrec | +MUT item2index, index2item | +ASY fusionseqrec | +ITE itemsearch | +PER preferenceobtain
 # each row the tasks of those before it too; random:ROW is the same architecture and tokenizer from random weights, in both phases.
 # All rows take the same number of steps of 16 samples; on Office at least half of these are seqrec's. They share data (descriptions cut
 # at 240 characters, since a token takes milliseconds), RQ-VAE indices (text and behaviour, two levels), settings, and, for one
 # SEED, test users. Nothing is chosen by results: the last weights count. The rows "histories" are the first phase alone, asked
 # without instructions. User texts are the dataset's own if it has some, else made by rule.
-# Settings: EPOCHS 5 | STEPS 120 | USERS 1000 (tested) | SHARE 1 | ROWS | SEED 42 | WORK ./ckpt/reproduce
+# Settings: EPOCHS 5 | STEPS 160 | USERS 1000 (tested) | SHARE 1 | ROWS | SEED 42 | WORK ./ckpt/reproduce
 #   JOBS 2: rows at a time, each on its share of the cores (4.5 GiB of memory each) | DATASET Office | SOURCE ../shared/data/$DATASET
 #   FINETUNE_FLAGS: appended to finetune.py's, so they win (a change needs another WORK)
 set -euo pipefail
@@ -21,7 +21,7 @@ cd "$(dirname "$0")/.."
 source scripts/env.sh
 ROWS="${ROWS:-SEQ +MUT +ASY +ITE +PER random:+PER}"
 tasks=(seqrec item2index,index2item fusionseqrec itemsearch preferenceobtain)
-samples=(0 400,400 700 700 700)
+samples=(2900 400,400 700 700 700)
 copies=(1 1,1 1 1 1)
 names=(SEQ +MUT +ASY +ITE +PER)
 
@@ -50,7 +50,7 @@ SEED="${SEED:-42}"
 SHARE="${SHARE:-1}"
 part() { python -c "print(max($2, round($1 * $SHARE)))"; }
 EPOCHS="$(python -c "print(${EPOCHS:-5} * $SHARE)")"
-STEPS="$(part "${STEPS:-120}" 2)"
+STEPS="$(part "${STEPS:-160}" 2)"
 USERS="$(part "${USERS:-1000}" 10)"
 work="${WORK:-./ckpt/reproduce}/$DATASET"
 stem="$work/$DATASET/$DATASET"
@@ -80,7 +80,7 @@ train() {
   # shellcheck disable=SC2086
   python finetune.py --base_model "$base" --output_dir "$run/model" --resume_from_checkpoint auto --seed "$SEED" \
     --data_path "$work" --dataset "$DATASET" --deepspeed none --bf16 --packing --no-gradient_checkpointing \
-    --longest_history_only --his_sep= --no_eos --gradient_accumulation_steps 1 --warmup_ratio 0.05 --dropout 0.1 --optim adamw_torch_fused \
+    --his_sep= --no_eos --gradient_accumulation_steps 1 --warmup_ratio 0.05 --dropout 0.1 --optim adamw_torch_fused \
     --swap_items 0.2 --swap_by "$stem.emb-minilm-td.npy" --last_code_weight 3 --logging_step 10 --save_total_limit 1 \
     --valid_prompt_sample_num 1 "$@" ${FINETUNE_FLAGS:-}
   rm -rf "$run"/model/checkpoint-*
@@ -100,8 +100,8 @@ histories() {
   if [ -n "$1" ]; then base="$work/smollm2-random-seed$SEED" random=--random_weights; fi
   # shellcheck disable=SC2086
   if [ ! -e "$base/config.json" ]; then python data_process/base_model.py smollm2 --target "$base" --seed "$SEED" $random; fi
-  train "$base" "$first/$1histories" --tasks seqrec --prompt_file config/history_prompts.json --init_item_tokens words \
-    --per_device_batch_size 32 --epochs "$EPOCHS" --learning_rate 3e-4 --new_rows_learning_rate 1e-2 \
+  train "$base" "$first/$1histories" --tasks seqrec --longest_history_only --prompt_file config/history_prompts.json \
+    --init_item_tokens words --per_device_batch_size 32 --epochs "$EPOCHS" --learning_rate 3e-4 --new_rows_learning_rate 1e-2 \
     --eval_delay "$EPOCHS" --eval_ranking 600
   score "$first/$1histories"
 }
@@ -112,8 +112,8 @@ one() {
   case "$1" in random:*) random=random: ;; esac
   # shellcheck disable=SC2046
   train "$first/${random}histories/model" "$runs/$1" $(mixture "${1#random:}") --per_device_batch_size 16 --max_steps "$STEPS" \
-    --learning_rate 1e-4 --new_rows_learning_rate 3e-3 --model_max_length 384 --save_and_eval_strategy steps --save_and_eval_steps 30 \
-    --eval_delay "$((STEPS + 1))"
+    --only_train_response --learning_rate 1e-4 --new_rows_learning_rate 1e-3 --model_max_length 384 \
+    --save_and_eval_strategy steps --save_and_eval_steps 40 --eval_delay "$((STEPS + 1))"
   score "$runs/$1"
 }
 

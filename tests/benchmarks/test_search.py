@@ -75,6 +75,9 @@ def test_the_table_has_a_line_for_each_name_and_a_spread_over_files(tmp_path, ca
     write_json(tmp_path / "a.json", [])
     with pytest.raises(UserError, match="is no results file"):
         task_table.main([f"SEQ={tmp_path / 'a.json'}"])
+    write_json(tmp_path / "b.json", {"mean_results": {"hit@5": 0.1}})
+    with pytest.raises(UserError, match="other metrics than the first file"):
+        task_table.main([f"+MUT={tmp_path / 'c.json'}", f"SEQ={tmp_path / 'b.json'}"])
 
 
 def test_models_and_references_are_ranked_on_the_same_queries(tmp_path, capsys, monkeypatch):
@@ -131,3 +134,21 @@ def test_an_unknown_row_is_one_line():
         text=True,
     )
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "no row +XYZ" in result.stderr
+
+
+def test_a_folder_made_of_other_data_is_not_gone_on_with(tmp_path):
+    write_drawn_dataset(tmp_path)
+
+    def made_of(*settings: str) -> str:
+        command = ["bash", "-c", f'source "{ROOT}/scripts/recipes.sh"; made_of "$@"', "_", "w", "Toy", "Toy", *settings]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode in (0, 2) and bool(result.stderr) == bool(result.returncode)
+        return result.stderr
+
+    assert made_of() == made_of() == ""
+    assert "was made of other data or settings" in made_of("--epochs 3")
+    with open(tmp_path / "Toy" / "Toy.item.json", "a", encoding="utf-8") as file:
+        file.write("\n")
+    assert "was made of other data or settings" in made_of()
+    (tmp_path / "Toy" / "Toy.inter.json").unlink()
+    assert "Toy.inter.json is missing" in made_of()
