@@ -9,10 +9,10 @@
 # instead of 57. All rows begin with these weights. Then come the row's tasks in the paper's frame, with the loss on responses:
 #   SEQ seqrec | +MUT item2index, index2item | +ASY fusionseqrec | +ITE itemsearch | +PER preferenceobtain
 # each row the tasks of those before it too; random:ROW is the same architecture and tokenizer from random weights, in both phases.
-# All rows take the same number of steps of 16 samples; on Office at least half of these are seqrec's. They share data (descriptions cut
-# at 240 characters, since a token takes milliseconds), RQ-VAE indices (text and behaviour, two levels), settings, and, for one
-# SEED, test users. Nothing is chosen by results: the last weights count. The rows "histories" are the first phase alone, asked
-# without instructions. User texts are the dataset's own if it has some, else made by rule.
+# All rows take the same number of steps of 16 samples; on Office at least half of these are seqrec's. They share data (descriptions
+# cut at 240 characters, since a token takes milliseconds), RQ-VAE indices (text and behaviour, two levels), settings, and, for one
+# SEED, test users. Nothing is chosen by results: the last weights count. Every row is asked in the frame, and once more without
+# instructions; the rows "histories" are the first phase alone. User texts are the dataset's own if it has some, else made by rule.
 # Settings: EPOCHS 5 | STEPS 160 | USERS 1000 (tested) | SHARE 1 | ROWS | SEED 42 | WORK ./ckpt/reproduce
 #   JOBS 2: rows at a time, each on its share of the cores (4.5 GiB of memory each) | DATASET Office | SOURCE ../shared/data/$DATASET
 #   FINETUNE_FLAGS: appended to finetune.py's, so they win (a change needs another WORK)
@@ -86,10 +86,12 @@ train() {
   rm -rf "$run"/model/checkpoint-*
 }
 
-# score RUN: test, on the same users each time
+# score RUN frame|bare: test, on the same users each time, in the instruction frame or without instructions
 score() {
-  python test.py --ckpt_path "$1/model" --results_file "$1/result-$USERS.json" --data_path "$work" --dataset "$DATASET" \
-    --sample_num "$USERS" --num_beams 20 --test_batch_size auto --seed "$SEED"
+  local prompts=()
+  if [ "$2" = bare ]; then prompts=(--prompt_file config/history_prompts.json); fi
+  python test.py --ckpt_path "$1/model" --results_file "$1/$2-$USERS.json" --data_path "$work" --dataset "$DATASET" \
+    --sample_num "$USERS" --num_beams 20 --test_batch_size auto --seed "$SEED" ${prompts[@]+"${prompts[@]}"}
 }
 
 first="$work/seed$SEED-$EPOCHS-epochs" runs="$work/seed$SEED-$EPOCHS-epochs-$STEPS-steps"
@@ -103,7 +105,7 @@ histories() {
   train "$base" "$first/$1histories" --tasks seqrec --longest_history_only --prompt_file config/history_prompts.json \
     --init_item_tokens words --per_device_batch_size 32 --epochs "$EPOCHS" --learning_rate 3e-4 --new_rows_learning_rate 1e-2 \
     --eval_delay "$EPOCHS" --eval_ranking 600
-  score "$first/$1histories"
+  score "$first/$1histories" bare
 }
 
 # one [random:]ROW: the second phase
@@ -114,7 +116,8 @@ one() {
   train "$first/${random}histories/model" "$runs/$1" $(mixture "${1#random:}") --per_device_batch_size 16 --max_steps "$STEPS" \
     --only_train_response --learning_rate 1e-4 --new_rows_learning_rate 1e-3 --model_max_length 384 \
     --save_and_eval_strategy steps --save_and_eval_steps 40 --eval_delay "$((STEPS + 1))"
-  score "$runs/$1"
+  score "$runs/$1" frame
+  score "$runs/$1" bare
 }
 
 # together FUNCTION NAME…: FUNCTION for each NAME, JOBS at a time; what they print goes to $work/logs
@@ -137,20 +140,22 @@ together() {
 
 trap 'trap - INT TERM HUP; kill 0' INT TERM HUP
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(($(nproc) > JOBS ? $(nproc) / JOBS : 1))}"
-starts=() results=()
+starts=() frame=() bare=()
 for random in "" random:; do
   for row in $ROWS; do
     if [ "$random" = "${row%"${row#random:}"}" ]; then
       starts+=("$random")
-      results+=("${random}histories=$first/${random}histories/result-$USERS.json")
+      bare+=("${random}histories=$first/${random}histories/bare-$USERS.json")
       break
     fi
   done
 done
-for row in $ROWS; do results+=("$row=$runs/$row/result-$USERS.json"); done
+for row in $ROWS; do frame+=("$row=$runs/$row/frame-$USERS.json") bare+=("$row=$runs/$row/bare-$USERS.json"); done
 together histories "${starts[@]}"
 # shellcheck disable=SC2086
 together one $ROWS
-echo "$DATASET, $EPOCHS epochs of histories, then $STEPS steps of 16 samples; $USERS test users"
-python benchmarks/task_table.py "${results[@]}"
+echo "$DATASET, $EPOCHS epochs of histories, then $STEPS steps of 16 samples; $USERS test users, asked in the instruction frame:"
+python benchmarks/task_table.py "${frame[@]}"
+echo "and asked without instructions, as in the first phase:"
+python benchmarks/task_table.py "${bare[@]}"
 if [ -e "$SOURCE/SOURCE.md" ]; then sed -n 's/^| SASRec/| SASRec, all users, recorded in SOURCE.md/p' "$SOURCE/SOURCE.md"; fi
