@@ -92,8 +92,7 @@ stage_embed() {
     embed "$DATA_PATH" "$DATASET" --overwrite
   fi
   if [ "$BEHAVIOUR" = 1 ] && begin behaviour "$stem.emb-behaviour.npy"; then
-    python data_process/behaviour.py --data_path "$DATA_PATH" --dataset "$DATASET" --text "$stem.emb-minilm-td.npy" \
-      --output_file "$stem.emb-behaviour.npy" --overwrite
+    behaviour "$DATA_PATH" "$DATASET" --overwrite
   fi
 }
 

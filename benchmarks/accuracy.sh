@@ -27,20 +27,13 @@ made_of "$work" "$SOURCE" "$DATASET"
 mkdir -p "$work/$DATASET"
 for kind in inter item; do ln -sfn "$(realpath "$SOURCE/$DATASET.$kind.json")" "$stem.$kind.json"; done
 if [ ! -e "$stem.emb-minilm-td.npy" ]; then embed "$work" "$DATASET"; fi
-if [ ! -e "$stem.emb-behaviour.npy" ]; then
-  python data_process/behaviour.py --data_path "$work" --dataset "$DATASET" --text "$stem.emb-minilm-td.npy" \
-    --output_file "$stem.emb-behaviour.npy"
-fi
+if [ ! -e "$stem.emb-behaviour.npy" ]; then behaviour "$work" "$DATASET"; fi
 
 # make_index METHOD
 make_index() {
   if [ -e "$stem.$1.json" ]; then return; fi
   if [ "$1" = rqvae ]; then
-    local codes
-    codes="$(codes_of "$stem.item.json" 6.5)"
-    python index/main.py --data_path "$stem.emb-behaviour.npy" --ckpt_dir "$work/index-$1" --preset fast --num_emb_list "$codes" "$codes" \
-      --sk_epsilons 0 0.003 --layers 512 256 128
-    python index/generate_indices.py --ckpt_path "$work/index-$1" --output_file "$stem.$1.json"
+    two_levels "$stem.emb-behaviour.npy" "$stem.item.json" 6.5 "$work/index-$1" "$stem.$1.json"
   elif [ -n "${INDEX_FLAGS:-}" ]; then
     # shellcheck disable=SC2086
     python index/main.py --data_path "$stem.emb-minilm-td.npy" --ckpt_dir "$work/index-$1" $INDEX_FLAGS

@@ -37,9 +37,10 @@ def recbole_python() -> Path:
     mark = hashlib.sha256(f"{REQUIREMENTS.read_text()}\0{ours}\0{sys.version}".encode()).hexdigest()[:8]
     folder = cache_folder() / f"recbole-env-{mark}"
     python, complete = folder / "bin" / "python", folder / "complete"
-    with locked(folder):
-        if not complete.is_file():
-            _make_environment(folder, ours)
+    if not complete.is_file():
+        with locked(folder):
+            if not complete.is_file():
+                _make_environment(folder, ours)
     return python
 
 

@@ -61,15 +61,9 @@ if [ -e "$SOURCE/$DATASET.user.json" ]; then ln -sfn "$(realpath "$SOURCE/$DATAS
 if [ ! -e "$stem.item.json" ]; then python benchmarks/short_texts.py "$SOURCE/$DATASET.item.json" "$stem.item.json" --length 240; fi
 if [ ! -e "$stem.user.json" ]; then python data_process/user_texts.py --data_path "$work" --dataset "$DATASET"; fi
 if [ ! -e "$stem.emb-minilm-td.npy" ]; then embed "$work" "$DATASET"; fi
-if [ ! -e "$stem.emb-behaviour.npy" ]; then
-  python data_process/behaviour.py --data_path "$work" --dataset "$DATASET" --text "$stem.emb-minilm-td.npy" \
-    --output_file "$stem.emb-behaviour.npy"
-fi
+if [ ! -e "$stem.emb-behaviour.npy" ]; then behaviour "$work" "$DATASET"; fi
 if [ ! -e "$stem.index.json" ]; then
-  codes="$(codes_of "$stem.item.json" 6.5)"
-  python index/main.py --data_path "$stem.emb-behaviour.npy" --ckpt_dir "$work/index" --preset fast --num_emb_list "$codes" "$codes" \
-    --sk_epsilons 0 0.003 --layers 512 256 128
-  python index/generate_indices.py --ckpt_path "$work/index" --output_file "$stem.index.json"
+  two_levels "$stem.emb-behaviour.npy" "$stem.item.json" 6.5 "$work/index" "$stem.index.json"
 fi
 
 # train BASE RUN FLAGS…: fine-tune, if that is not done

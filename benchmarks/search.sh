@@ -30,10 +30,7 @@ if [ -e "$SOURCE/$DATASET.user.json" ]; then ln -sfn "$(realpath "$SOURCE/$DATAS
 if [ ! -e "$stem.user.json" ]; then python data_process/user_texts.py --data_path "$full" --dataset "$DATASET"; fi
 if [ ! -e "$stem.emb-minilm-td.npy" ]; then embed "$full" "$DATASET"; fi
 if [ ! -e "$stem.index.json" ]; then
-  codes="$(codes_of "$stem.item.json" 13)"
-  python index/main.py --data_path "$stem.emb-minilm-td.npy" --ckpt_dir "$work/index" --preset fast --num_emb_list "$codes" "$codes" \
-    --sk_epsilons 0 0.003 --layers 512 256 128
-  python index/generate_indices.py --ckpt_path "$work/index" --output_file "$stem.index.json"
+  two_levels "$stem.emb-minilm-td.npy" "$stem.item.json" 13 "$work/index" "$stem.index.json"
 fi
 if [ ! -e "$short/$DATASET/$DATASET.item.json" ]; then
   mkdir -p "$short/$DATASET"

@@ -7,6 +7,22 @@ embed() {
   python data_process/embed.py --data_path "$1" --dataset "$2" --plm_name minilm --model_path "$minilm" "${@:3}"
 }
 
+# behaviour DATA_PATH DATASET [FLAGS…]: item vectors of text and behaviour, from the above
+behaviour() {
+  local stem="$1/$2/$2"
+  python data_process/behaviour.py --data_path "$1" --dataset "$2" --text "$stem.emb-minilm-td.npy" \
+    --output_file "$stem.emb-behaviour.npy" "${@:3}"
+}
+
+# two_levels EMBEDDINGS ITEM_FILE N CKPT_DIR OUTPUT: RQ-VAE indices of two levels, about N items to each code
+two_levels() {
+  local codes
+  codes="$(codes_of "$2" "$3")"
+  python index/main.py --data_path "$1" --ckpt_dir "$4" --preset fast --num_emb_list "$codes" "$codes" \
+    --sk_epsilons 0 0.003 --layers 512 256 128
+  python index/generate_indices.py --ckpt_path "$4" --output_file "$5"
+}
+
 # made_of WORK SOURCE DATASET [SETTINGS]: stops if SOURCE lacks the dataset, or WORK was made of other data or settings
 made_of() {
   local kind of
