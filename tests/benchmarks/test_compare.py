@@ -90,6 +90,23 @@ def test_several_files_of_a_name_are_one_row_and_a_line_each(tmp_path, capsys):
     assert (tmp_path / "w/Toy/compare.md").is_file() and read_json(tmp_path / "w/Toy/compare.json")["grids"] == {}
 
 
+def test_references_are_ranked_on_fewer_users_too_and_with_the_same_histories(tmp_path, capsys):
+    write_dataset(tmp_path)
+    some = [
+        user for user, target in LAST.items() if target in (1, 3)
+    ]  # these are among the five most popular, 4 is not
+    write_predictions(tmp_path / "s.predictions.jsonl", {user: [0] for user in some})
+    write_json(tmp_path / "s.json", {"config": {"arguments": {"ckpt_path": "gone", "max_his_len": 50}}})
+    flags = ["--data_path", str(tmp_path), "--dataset", "Toy", "--work", str(tmp_path / "w"), "--models"]
+    named = ["--results", f"ours={tmp_path / 's.json'}"]
+    with pytest.raises(UserError, match="histories of 50 items; give --max_his_len 50"):
+        compare.main([*flags, *named])
+    compare.main([*flags, *named, "--max_his_len", "50"])
+    lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line[:1] == "|"]
+    fifth = {line[0].strip(): line[2].split()[0] for line in lines}
+    assert fifth["popularity"] == "0.5000" and fifth["popularity, the users of all (2 users)"] == "1.0000"
+
+
 def test_recorded_rows_are_replaced_and_the_others_stay(tmp_path):
     path = tmp_path / "references.json"
     other = {"model": "TIGER", "metrics": {"hit@10": 0.1}, "source": "s", "command": "c"}
