@@ -35,7 +35,7 @@ from data import RecData, load_data
 from folders import check_space, disk_full_is_said
 from item_rows import WORDS
 from item_vectors import ItemSwap, read_item_vectors
-from processes import join_for_training, on_main
+from processes import join_for_training, leave, on_main
 from prompt_style import PromptStyle
 from provenance import notes_of
 from quiet import silence_libraries
@@ -435,6 +435,7 @@ def main(argv: list[str] | None = None) -> None:
             if not any("eval_loss" in row for row in run.trainer.state.log_history):
                 say("note: no evaluation fell within the run (--eval_delay), so the model is that of the last step")
             save_final(run)
+            leave()
         except BaseException:
             if is_main():
                 folder.give_up()

@@ -81,6 +81,13 @@ def barrier() -> None:
         dist.barrier()
 
 
+def leave() -> None:
+    """Wait for all processes, then end the group: one that is left to the interpreter's exit may abort there."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def sum_over_processes(values: Tensor) -> Tensor:
     """The element-wise sum of `values` over all processes, in place."""
     if dist.is_initialized() and world_size() > 1:

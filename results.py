@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from metrics.ranking import means, parse_metrics, rank_of
-from processes import barrier, on_main
+from processes import barrier, leave, on_main
 from utils import (
     UserError,
     atomic_path,
@@ -30,7 +28,6 @@ from utils import (
     read_json,
     regular_file,
     say,
-    world_size,
     write_json,
 )
 
@@ -315,9 +312,7 @@ class Store:
             self.file.close()
         barrier()  # all have written their last line before the main process reads them
         results = self._write(metrics, prompt_ids) if is_main() else {}
-        if world_size() > 1:
-            dist.barrier()
-            dist.destroy_process_group()
+        leave()
         if is_main():
             self._remove_partial()
         return results
