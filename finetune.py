@@ -435,11 +435,11 @@ def main(argv: list[str] | None = None) -> None:
             if not any("eval_loss" in row for row in run.trainer.state.log_history):
                 say("note: no evaluation fell within the run (--eval_delay), so the model is that of the last step")
             save_final(run)
-            leave()
         except BaseException:
             if is_main():
                 folder.give_up()
             raise
+    leave()
 
 
 if __name__ == "__main__":

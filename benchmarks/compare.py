@@ -10,10 +10,10 @@ two layers, GRU4Rec one of 128), cross-entropy over all items, Adam, and stops a
 validation targets. The setting with the best validation NDCG@10 of this grid is tested, with every seed:
 {grid}
 `--results` adds lists that test.py wrote (several files of one name: seeds), and a table of differences with 95 % intervals by a
-paired bootstrap over the users that both have. All figures come from lists of 20 items by metrics/ranking.py. Popularity
-counts the training parts. What is trained lies in `<work>/<dataset>/<model>/` with settings, log and lists; the same command
-goes on from the last model that was finished. Writes `<work>/<dataset>/compare.md` and `compare.json`. `--references F` puts the
-baselines' rows into F for report.py.
+paired bootstrap over the users that both have: from each baseline, and from the first NAME. All figures come from lists of 20
+items by metrics/ranking.py. Popularity counts the training parts. What is trained lies in `<work>/<dataset>/<model>/` with
+settings, log and lists; the same command goes on from the last model that was finished. Writes `<work>/<dataset>/compare.md` and
+`compare.json`. `--references F` puts the baselines' rows into F for report.py. `--models` without a name trains nothing.
 """
 
 from __future__ import annotations
@@ -239,12 +239,14 @@ class Tuning:
 
 
 def our_rows(named: list[str], data: RecData, max_his_len: int) -> dict[str, Row]:
-    """The rows of `--results NAME=FILE …`. Raises UserError for files of other data or other histories."""
+    """The rows of `--results NAME=FILE …`. Raises UserError for a baseline's name, other data, other histories."""
     targets = {user: items[-1] for user, items in data.inters.items()}
     files: dict[str, list[Path]] = {}
     for text in named:
-        name, _, path = text.rpartition("=")
-        files.setdefault(name or "LC-Rec", []).append(Path(path))
+        name, named_so, path = text.partition("=")
+        if name in ("popularity", *GRID):
+            raise UserError(f"--results {text}: {name} is a baseline's name")
+        files.setdefault(name if named_so else "LC-Rec", []).append(Path(path if named_so else text))
     rows = {}
     for name, paths in files.items():
         for path in paths:
@@ -285,11 +287,13 @@ def result_table(rows: dict[str, Row], everyone: int) -> str:
 
 
 def difference_table(ours: dict[str, Row], others: dict[str, Row]) -> str:
-    """Each of `ours` minus each of `others`."""
+    """Each of `ours` minus each of `others`, and minus the first of `ours`."""
     names = [name.replace("hit", "HR").replace("ndcg", "NDCG") for name in METRIC_NAMES.split(",")]
     table = [["difference", "users", *names]]
     for name, row in ours.items():
-        for other, reference in others.items():
+        for other, reference in {**others, **dict(list(ours.items())[:1])}.items():
+            if other == name:
+                continue
             users, means, ends = differences(row.ranks, reference.ranks)
             texts = [f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]" for mean, (low, high) in zip(means, ends, strict=True)]
             table.append([f"{name} − {other}", f"{users:,}", *texts])
@@ -333,7 +337,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=whole(0, 2**32 - 1), default=[42], help="the first is the grid's")
     parser.add_argument("--max_his_len", type=whole(-1), default=20, help="items of history at most; -1: all")
     parser.add_argument(
-        "--results", nargs="*", default=[], metavar="NAME=FILE", help="a name and test.py's results file"
+        "--results",
+        nargs="*",
+        default=[],
+        metavar="NAME=FILE",
+        help="a name, up to the first =, and test.py's results file",
     )
     parser.add_argument("--work", type=folder_name, default="./results/compare", help="folder for runs and tables")
     parser.add_argument("--references", type=file_name, metavar="F", help="write the baselines' rows to this file")

@@ -5,9 +5,9 @@
 #   SMOLLM2_STEPS=400 bash benchmarks/search.sh             and SmolLM2-135M, so many steps of 16 samples (about 7 s each)
 #
 # Models learn itemsearch and item2index, so they see the titles and descriptions that the references search (these uncut; for the
-# models descriptions end after 240 characters).
-# Unless the dataset brings its own user texts, the queries are made by rule from the item's own description, brand and title words (data_process/user_texts.py), which is what
-# BM25 looks for; the second table has harder ones, without any word of the title (benchmarks/hard_queries.py).
+# models descriptions end after 240 characters). Unless the dataset brings its own user texts, the queries are made by rule from the
+# item's own description, brand and title words (data_process/user_texts.py), which is what BM25 looks for; the second table has
+# harder ones, without any word of the title (benchmarks/hard_queries.py).
 # Settings: EPOCHS 5 | SMOLLM2_STEPS 0 | SEED 42 | DATASET Office | SOURCE ../shared/data/$DATASET | WORK ./ckpt/search
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -101,10 +101,13 @@ def test_references_are_ranked_on_fewer_users_too_and_with_the_same_histories(tm
     named = ["--results", f"ours={tmp_path / 's.json'}"]
     with pytest.raises(UserError, match="histories of 50 items; give --max_his_len 50"):
         compare.main([*flags, *named])
-    compare.main([*flags, *named, "--max_his_len", "50"])
+    with pytest.raises(UserError, match="popularity is a baseline's name"):
+        compare.main([*flags, "--results", f"popularity={tmp_path / 's.json'}"])
+    compare.main([*flags, *named, f"more={tmp_path / 's.json'}", "--max_his_len", "50"])
     lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line[:1] == "|"]
     fifth = {line[0].strip(): line[2].split()[0] for line in lines}
     assert fifth["popularity"] == "0.5000" and fifth["popularity, the users of all (2 users)"] == "1.0000"
+    assert [name for name in fifth if "−" in name] == ["ours − popularity", "more − popularity", "more − ours"]
 
 
 def test_recorded_rows_are_replaced_and_the_others_stay(tmp_path):

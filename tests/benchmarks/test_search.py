@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from toy_data import write_drawn_dataset
 
-from benchmarks import hard_queries, short_texts, task_table
+from benchmarks import hard_queries, short_texts
 from data import load_data
 from samples import TestSet
 from tasks import HistoryFormat
-from utils import UserError, read_json, write_json
+from utils import UserError, read_json
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -66,20 +66,6 @@ def test_texts_are_cut_at_a_blank(text, length, wanted):
     assert short_texts.cut(text, length) == wanted
 
 
-def test_the_table_has_a_line_for_each_name_and_a_spread_over_files(tmp_path, capsys):
-    for name, value in (("a", 0.1), ("b", 0.3), ("c", 0.5)):
-        write_json(tmp_path / f"{name}.json", {"mean_results": {"hit@10": value}})
-    task_table.main([f"SEQ={tmp_path / 'a.json'}", f"SEQ={tmp_path / 'b.json'}", f"+MUT={tmp_path / 'c.json'}"])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines == ["| tasks | hit@10 |", "| --- | --- |", "| SEQ | 0.2000 ± 0.1414 |", "| +MUT | 0.5000 |"]
-    write_json(tmp_path / "a.json", [])
-    with pytest.raises(UserError, match="is no results file"):
-        task_table.main([f"SEQ={tmp_path / 'a.json'}"])
-    write_json(tmp_path / "b.json", {"mean_results": {"hit@5": 0.1}})
-    with pytest.raises(UserError, match="other metrics than the first file"):
-        task_table.main([f"+MUT={tmp_path / 'c.json'}", f"SEQ={tmp_path / 'b.json'}"])
-
-
 def test_models_and_references_are_ranked_on_the_same_queries(tmp_path, capsys, monkeypatch):
     pytest.importorskip("bm25s", reason="benchmarks/requirements.txt")
     from benchmarks import search
@@ -124,16 +110,6 @@ def test_bm25_finds_the_text_with_the_querys_words():
     texts = [f"thing number{i} colour{i % 5}" for i in range(30)]
     found = bm25_lists(texts, ["number7", "something colour3 number13"])
     assert found.shape == (2, 20) and found[0, 0] == 7 and found[1, 0] == 13
-
-
-def test_an_unknown_row_is_one_line():
-    result = subprocess.run(
-        ["bash", str(ROOT / "benchmarks" / "reproduce.sh")],
-        env={"PATH": "/usr/bin:/bin", "ROWS": "SEQ +XYZ"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "no row +XYZ" in result.stderr
 
 
 def test_a_folder_made_of_other_data_is_not_gone_on_with(tmp_path):

@@ -1,0 +1,94 @@
+"""benchmarks/reproduce.sh with a `python` that only writes down what it is asked to do."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from running import ROOT
+from toy_data import write_drawn_dataset
+
+STUB = """#!/usr/bin/env bash
+case "$1" in -c) exec {python} "$@" ;; -m) exit 0 ;; esac
+echo "$*" >> "$CALLS"
+case "$1" in
+  benchmarks/short_texts.py) cp "$2" "$3" ;;
+  finetune.py)
+    while [ "$1" != --output_dir ]; do shift; done
+    case "$2" in *"${{FAILS:-none}}"*) exit 1 ;; esac
+    mkdir -p "$2/checkpoint-1"; touch "$2/config.json" ;;
+esac
+"""
+
+
+@pytest.fixture
+def reproduce(tmp_path):
+    """A function that runs the script with settings; it returns the finished process and the calls of Python."""
+    write_drawn_dataset(tmp_path)
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "activate").write_text(f'export PATH="{tmp_path}/venv/bin:$PATH"\n')
+    stub = tmp_path / "venv" / "bin" / "python"
+    stub.write_text(STUB.format(python=sys.executable))
+    stub.chmod(0o755)
+
+    def run(rows: str, **settings: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+        own = {
+            "PATH": os.environ["PATH"],
+            "CALLS": str(tmp_path / "calls"),
+            "VENV": str(tmp_path / "venv"),
+            "ROWS": rows,
+        }
+        own |= {"DATASET": "Toy", "SOURCE": str(tmp_path / "Toy"), "WORK": str(tmp_path / "work"), **settings}
+        (tmp_path / "calls").write_text("")
+        command = ["bash", str(ROOT / "benchmarks" / "reproduce.sh")]
+        done = subprocess.run(command, env=own, capture_output=True, text=True)
+        return done, (tmp_path / "calls").read_text().splitlines()
+
+    return run
+
+
+def trained(calls: list[str]) -> dict[str, str]:
+    """The flags of each call of finetune.py by its folder, from the row's name on."""
+    calls = [call for call in calls if call.startswith("finetune.py")]
+    return {call.split("--output_dir ")[1].split()[0].split("-epochs")[1].split("/", 1)[1]: call for call in calls}
+
+
+def test_every_row_ends_with_the_same_histories_and_language_comes_before_them(reproduce):
+    done, calls = reproduce("SEQ +ASY random:+MUT")
+    assert done.returncode == 0, done.stderr
+    runs = trained(calls)
+    assert runs.keys() == {
+        "SEQ/model",
+        "+ASY/aligned/model",
+        "+ASY/model",
+        "random:+MUT/aligned/model",
+        "random:+MUT/model",
+    }
+    words = "--init_item_tokens words"
+    assert words in runs["SEQ/model"] and words in runs["+ASY/aligned/model"] and words not in runs["+ASY/model"]
+    tasks = (
+        "--tasks item2index,index2item,fusionseqrec --train_data_sample_num 700,700,600 --train_prompt_sample_num 1,1,1"
+    )
+    assert tasks in runs["+ASY/aligned/model"] and "--only_train_response" in runs["+ASY/aligned/model"]
+    assert "/+ASY/aligned/model " in runs["+ASY/model"].split("--output_dir")[0]
+    assert "smollm2-random-seed42 " in runs["random:+MUT/aligned/model"]
+    histories = {runs[name].split("--tasks")[1].replace(f" {words}", "") for name in runs if "aligned" not in name}
+    assert len(histories) == 1 and " seqrec --longest_history_only" in histories.pop()
+    (table,) = (call for call in calls if call.startswith("benchmarks/compare.py"))
+    assert "--models SASRec" in table and "random:+MUT=" in table
+    again, calls = reproduce("SEQ +ASY random:+MUT", BASELINES="")
+    assert again.returncode == 0 and not trained(calls) and "--models --work" in calls[-1]
+
+
+def test_a_share_has_its_own_folder_and_a_row_that_fails_is_told(reproduce):
+    done, calls = reproduce("+MUT SEQ", SHARE="0.1", FAILS="+MUT/aligned")
+    assert done.returncode == 1 and "not all rows were done" in done.stderr and "+MUT.txt" in done.stderr
+    assert "--train_data_sample_num 70,70 " in trained(calls)["+MUT/aligned/model"]
+    assert any(call.startswith("test.py") and "0.5-epochs-share0.1/SEQ/model" in call for call in calls)
+    assert not any("compare.py" in call for call in calls)
+
+
+@pytest.mark.parametrize("row", ["+XYZ", "random:+XYZ"])
+def test_an_unknown_row_is_one_line(reproduce, row):
+    done, calls = reproduce(f"SEQ {row}")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"no row {row}" in done.stderr and not calls
