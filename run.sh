@@ -102,7 +102,7 @@ stage_index() {
   if [ -e "$stem.index.json" ] && [ ! -e "$stem.index.report.json" ] && [ ! -d "$OUTPUT_DIR-index" ]; then
     echo "== index: $stem.index.json came with the dataset, kept"
   elif begin index "$stem.index.json"; then
-    INDEX_RECIPE="${INDEX_RECIPE//CODES/$(codes_of "$stem.item.json" 13)}"
+    INDEX_RECIPE="${INDEX_RECIPE//CODES/$(codes_of "$stem.item.json" 6.5)}"
     echo "   ($INDEX_RECIPE)"
     # shellcheck disable=SC2086
     python index/main.py --data_path "$embeddings" --ckpt_dir "$OUTPUT_DIR-index" $INDEX_RECIPE ${INDEX_FLAGS:-}

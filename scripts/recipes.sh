@@ -68,7 +68,7 @@ recipe() {
     return ;;
   esac
   if [ -n "$2" ]; then return; fi
-  # 16 samples a step, on one process or two
+  # 64 samples a step, on one process or two
   if [ "$processes" -gt 2 ] && [ "$NPROC" = "$processes" ]; then NPROC=2; fi
   # A model that starts from nothing learns from every token, not from the responses alone, and wording teaches it nothing
   # (config/short_prompts.json). Its indices know behaviour too (unless BEHAVIOUR=0), its item tokens start from the same embeddings.
@@ -77,7 +77,8 @@ recipe() {
   INDEX_RECIPE="--preset fast --num_emb_list CODES CODES --sk_epsilons 0 0.003 --layers 512 256 128"
   BASE_RECIPE="--hidden_size 128 --layers 2 --heads 4 --vocab_size 2000"
   FINETUNE_RECIPE="--per_device_batch_size $((NPROC == 1 ? 64 : 32)) --gradient_accumulation_steps 1 --learning_rate 3e-3 --epochs 8
-    --weight_decay 0.01 --warmup_ratio 0.05 --dropout 0.2 --logging_step 100 --no-gradient_checkpointing --packing
+    --weight_decay 0.01 --warmup_ratio 0.05 --dropout 0.2 --last_code_weight 3 --logging_step 100
+    --no-gradient_checkpointing --packing
     --prompt_file config/short_prompts.json --his_sep= --max_his_len 50 --no_eos --init_item_tokens $stem.emb-$start.npy
     --tasks seqrec,item2index,index2item,fusionseqrec,itemsearch,preferenceobtain --history_windows --valid_prompt_sample_num 1
     --train_prompt_sample_num 1,1,1,1,1,1 --train_data_sample_num 0,0,0,300,0,0 --eval_ranking 300 --save_total_limit 1"
