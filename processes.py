@@ -82,7 +82,7 @@ def barrier() -> None:
 
 
 def leave() -> None:
-    """Wait for all processes, then end the group: one that is left to the interpreter's exit may abort there."""
+    """Wait for all processes, then end the group."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -50,10 +50,16 @@ class UserError(Exception):
 def run_main(main: Callable[[], Any]) -> None:
     """Run a script's `main` and end the process: a `UserError` is one line and status 2, a bug a traceback.
 
-    So is what no script can help: a full disk, a place that is read-only, a name that is too long.
+    So is what no script can help: a full disk, a place that is read-only, a name that is too long. One of several processes
+    that has done its work ends at once, without the interpreter's own end: there a library's thread may still abort it
+    (seen with gloo), and torchrun would call a job failed whose model is saved.
     """
     try:
         main()
+        if world_size() > 1:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
     except UserError as error:
         if not is_main():  # let the main process say it; torchrun then ends the others
             time.sleep(3)
