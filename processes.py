@@ -83,8 +83,8 @@ def barrier() -> None:
 
 def leave() -> None:
     """Wait for all processes, then end the group."""
+    barrier()
     if dist.is_initialized():
-        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -54,8 +54,12 @@ DATASET="${DATASET:-Office}"
 SOURCE="${SOURCE:-../shared/data/$DATASET}"
 SEED="${SEED:-42}"
 SHARE="${SHARE:-1}"
-part() { python -c "print(max($2, round($1 * $SHARE)))"; }
-EPOCHS="$(python -c "print(${EPOCHS:-5} * $SHARE)")"
+EPOCHS="${EPOCHS:-5}"
+for name in SHARE EPOCHS USERS; do
+  case "${!name:-1}" in *[!0-9.]* | *.*.* | .) echo "error: $name='${!name}' must be a number" >&2; exit 2 ;; esac
+done
+part() { python -c 'import sys; number, least, share = map(float, sys.argv[1:]); print(round(max(least, number * share)))' "$1" "$2" "$SHARE"; }
+EPOCHS="$(python -c 'import sys; print(f"{float(sys.argv[1]) * float(sys.argv[2]):g}")' "$EPOCHS" "$SHARE")"
 work="${WORK:-./ckpt/reproduce}/$DATASET"
 stem="$work/$DATASET/$DATASET"
 made_of "$work" "$SOURCE" "$DATASET" "${FINETUNE_FLAGS:-}"

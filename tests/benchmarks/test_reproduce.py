@@ -92,3 +92,9 @@ def test_a_share_has_its_own_folder_and_a_row_that_fails_is_told(reproduce):
 def test_an_unknown_row_is_one_line(reproduce, row):
     done, calls = reproduce(f"SEQ {row}")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"no row {row}" in done.stderr and not calls
+
+
+@pytest.mark.parametrize("settings", [{"SHARE": "abc"}, {"EPOCHS": "5; x"}, {"USERS": "1.2.3"}, {"SHARE": "-1"}])
+def test_a_setting_that_is_no_number_is_one_line(reproduce, settings):
+    done, calls = reproduce("SEQ", **settings)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "must be a number" in done.stderr and not calls
