@@ -10,8 +10,9 @@ two layers, GRU4Rec one of 128), cross-entropy over all items, Adam, and stops a
 validation targets. The setting with the best validation NDCG@10 of this grid is tested, with every seed:
 {grid}
 `--results` adds lists that test.py wrote (several files of one name: seeds), and a table of differences with 95 % intervals by a
-paired bootstrap over the users that both have: from each baseline, and from the first NAME. All figures come from lists of 20
-items by metrics/ranking.py. Popularity counts the training parts. What is trained lies in `<work>/<dataset>/<model>/` with
+paired bootstrap over the users that both have: from each baseline, and from the first NAME. The last table tells what models are
+good at: HR@10 / NDCG@10 by how often the target came right after the history's last item in training. All figures come from lists
+of 20 items by metrics/ranking.py. Popularity counts the training parts. What is trained lies in `<work>/<dataset>/<model>/` with
 settings, log and lists; the same command goes on from the last model that was finished. Writes `<work>/<dataset>/compare.md` and
 `compare.json`. `--references F` puts the baselines' rows into F for report.py. `--models` without a name trains nothing.
 """
@@ -21,8 +22,10 @@ from __future__ import annotations
 import re
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +303,23 @@ def difference_table(ours: dict[str, Row], others: dict[str, Row]) -> str:
     return markdown(table)
 
 
+def followed_table(rows: dict[str, Row], data: RecData) -> str:
+    """HR@10 / NDCG@10 of the users that all rows have, by how often target followed last item in anybody's training part."""
+    steps = Counter(step for items in data.inters.values() for step in pairwise(items[:-2]))
+    groups: dict[str, list[str]] = {"never": [], "once or twice": [], "three times or more": []}
+    for user in set.intersection(*(set(row.ranks) for row in rows.values())):
+        times = steps[data.inters[user][-2], data.inters[user][-1]]
+        groups["never" if not times else "once or twice" if times < 3 else "three times or more"].append(user)
+    groups = {name: users for name, users in groups.items() if users}
+    table = [
+        ["target after the last item in training", *(f"{name} ({len(users):,})" for name, users in groups.items())]
+    ]
+    for name, row in rows.items():
+        found = [user_values(row.ranks, users) for users in groups.values()]
+        table.append([name, *(f"{each['hit@10'].mean():.4f} / {each['ndcg@10'].mean():.4f}" for each in found)])
+    return markdown(table)
+
+
 def notes(data: RecData, grids: dict[str, dict[str, Any]], chosen: dict[str, str], seeds: str) -> str:
     """What was ranked, and a line for each model about its grid."""
     ranked = f"{data.name}: {len(data.inters):,} users, all {len(data.titles):,} items ranked"
@@ -367,6 +387,7 @@ def main(argv: list[str] | None = None) -> None:
     same = {f"{name}, the users of all": Row({user: row.ranks[user] for user in users}) for name, row in fewer.items()}
     tables = [result_table(rows | ours | same, len(data.inters))]
     tables += [difference_table(ours, rows)] if ours else []
+    tables += [followed_table(rows | ours, data)]
     seeds = " ".join(map(str, options.seeds))
     text = "\n\n".join([*tables, notes(data, grids, chosen, seeds)]) + "\n"
     with atomic_path(folder / "compare.md") as path:

@@ -11,6 +11,7 @@ import pytest
 from toy_data import INTERS, write_dataset, write_drawn_dataset
 
 from benchmarks import baselines, compare
+from data import RecData
 from report import recorded
 from utils import UserError, read_json, write_json
 
@@ -80,7 +81,7 @@ def test_several_files_of_a_name_are_one_row_and_a_line_each(tmp_path, capsys):
     flags = ["--data_path", str(tmp_path), "--dataset", "Toy", "--work", str(tmp_path / "w"), "--models"]
     compare.main([*flags, "--results", f"ours={tmp_path / 's1.json'}", f"ours={tmp_path / 's2.json'}"])
     lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line[:1] == "|"]
-    found = {line[0].strip(): line[1].split()[0] for line in lines}
+    found = {line[0].strip(): line[1].split()[0] for line in reversed(lines) if len(line) > 2}
     assert found["ours"] == "0.5000" and found[f"ours, {tmp_path / 's1.json'}"] == "1.0000"
     assert found["ours − popularity"] == "4"  # the users, in the table of differences
     # training parts: 0 1 2, 5, 2 0, 1 3 5 0; ranked by count and then by number: 0 (3), 1, 2, 5 (2 each), 3 (1), 4
@@ -105,9 +106,26 @@ def test_references_are_ranked_on_fewer_users_too_and_with_the_same_histories(tm
         compare.main([*flags, "--results", f"popularity={tmp_path / 's.json'}"])
     compare.main([*flags, *named, f"more={tmp_path / 's.json'}", "--max_his_len", "50"])
     lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line[:1] == "|"]
-    fifth = {line[0].strip(): line[2].split()[0] for line in lines}
+    fifth = {line[0].strip(): line[2].split()[0] for line in reversed(lines) if len(line) > 2}
     assert fifth["popularity"] == "0.5000" and fifth["popularity, the users of all (2 users)"] == "1.0000"
-    assert [name for name in fifth if "−" in name] == ["ours − popularity", "more − popularity", "more − ours"]
+    assert [name for name in reversed(fifth) if "−" in name] == [
+        "ours − popularity",
+        "more − popularity",
+        "more − ours",
+    ]
+
+
+def test_users_are_told_apart_by_what_followed_what_in_training():
+    """Training parts: a b a b, a b, b c; a → b occurs three times, b → a and b → c once."""
+    a, b, c, d = range(4)
+    inters = {"0": [a, b, a, b, c, d], "1": [a, b, a, b], "2": [b, c, a, b], "3": [d, d, b, c], "gone": [a, a, b, a]}
+    data = RecData("Toy", Path(), inters, ["t"] * 4, [""] * 4, [], None)
+    ours = {"0": [0, 0], "1": [0, -1], "2": [0, 0], "3": [-1, -1]}
+    text = compare.followed_table({"ours": compare.Row(ours), "all": compare.Row({**ours, "gone": [0, 0]})}, data)
+    assert [line.strip("| ").split(" | ")[1:] for line in text.splitlines()[::2]] == [
+        ["never (1)", "once or twice (1)", "three times or more (2)"],
+        ["1.0000 / 1.0000", "0.0000 / 0.0000", "0.7500 / 0.7500"],
+    ]
 
 
 def test_recorded_rows_are_replaced_and_the_others_stay(tmp_path):
@@ -167,7 +185,7 @@ def test_recbole_trains_and_its_lists_have_its_own_score(tmp_path, monkeypatch, 
     trained = read_json(work / "Toy/BERT4Rec/rate0.001-dropout0.2-batch64-seed42/trained.json")
     grid = read_json(work / "Toy/compare.json")["grids"]["BERT4Rec"]
     assert grid["0.001/0.2/64"]["ndcg@10"] == pytest.approx(trained["validation_by_recbole"], abs=1e-5)
-    before = capsys.readouterr().out.splitlines()[-6:]
+    before = capsys.readouterr().out.splitlines()[-9:]
     monkeypatch.setattr(baselines.subprocess, "run", None)
     compare.main(flags)
-    assert capsys.readouterr().out.splitlines()[-6:] == before
+    assert capsys.readouterr().out.splitlines()[-9:] == before
