@@ -33,6 +33,7 @@ import finetune
 import training
 from arguments import make_parser
 from flag_values import whole
+from processes import leave
 from utils import UserError, is_main, read_json, run_main, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,24 +95,9 @@ def make_data_and_base(options: argparse.Namespace, folder: Path) -> tuple[Path,
 
 def worker(job: dict) -> None:
     """One run, inside a process of its own (or torchrun's): trains and prints its figures as JSON."""
-    flags = [
-        "--base_model",
-        job["base"],
-        "--output_dir",
-        job["out"],
-        "--dataset",
-        job["dataset"],
-        "--seed",
-        str(job["seed"]),
-    ]
-    flags += [
-        "--data_path",
-        job["data_path"],
-        "--only_train_response",
-        "--bf16",
-        "--learning_rate",
-        job["learning_rate"],
-    ]
+    flags = ["--base_model", job["base"], "--output_dir", job["out"], "--dataset", job["dataset"]]
+    flags += ["--data_path", job["data_path"], "--seed", str(job["seed"]), "--learning_rate", job["learning_rate"]]
+    flags += ["--only_train_response", "--bf16"]
     flags += ["--per_device_batch_size", str(job["batch_size"]), "--gradient_accumulation_steps", "1"]
     flags += ["--max_steps", str(job["steps"]), "--report_to", "none", "--valid_prompt_sample_num", "1"]
     flags += ["--logging_step", "1000000", "--save_and_eval_strategy", "steps", "--save_and_eval_steps", "1000000"]
@@ -135,6 +121,7 @@ def worker(job: dict) -> None:
     figures["loss"] = final_loss(run, trainer.model_wrapped, job["loss_samples"])
     if is_main():
         print("FIGURES " + json.dumps(figures), flush=True)
+    leave()
 
 
 def resident(line: str) -> float:
