@@ -10,7 +10,8 @@
 # SOURCE (../shared/data/Office) holds <DATASET>.inter.json and <DATASET>.item.json. RQ-VAE indices are learned from text and
 # behaviour (data_process/behaviour.py): two levels, about 6 items to each code. A LLaMA of 1 to 2 million parameters with
 # two layers learns whole histories without instructions and without an end token (config/short_prompts.json): every item of a
-# history is predicted once an epoch. The epoch is chosen by NDCG@10 on the validation targets; the test targets are used once.
+# history is predicted once an epoch. Where items are rare a fifth of them is swapped for like ones (swap_share in
+# scripts/recipes.sh). The epoch is chosen by NDCG@10 on the validation targets; the test targets are used once.
 # The same command goes on where it was cut off. What is done is kept: remove ckpt/accuracy/<DATASET> when the recipe has changed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -29,6 +30,8 @@ for kind in inter item; do ln -sfn "$(realpath "$SOURCE/$DATASET.$kind.json")" "
 if [ ! -e "$stem.emb-minilm-td.npy" ]; then embed "$work" "$DATASET"; fi
 if [ ! -e "$stem.emb-behaviour.npy" ]; then behaviour "$work" "$DATASET"; fi
 
+swap="$(swap_share "$stem.inter.json" "$stem.item.json")"
+
 # make_index METHOD
 make_index() {
   if [ -e "$stem.$1.json" ]; then return; fi
@@ -45,7 +48,7 @@ make_index() {
 
 # one METHOD SEED: fine-tune and test, if that is not done
 one() {
-  local run="$work/${NAME:+$NAME-}$1-seed$2" recipe="--epochs 16 --eval_delay 14 --learning_rate 3e-3 --dropout 0.2 --swap_items 0.2 --last_code_weight 3"
+  local run="$work/${NAME:+$NAME-}$1-seed$2" recipe="--epochs 16 --eval_delay 14 --learning_rate 3e-3 --dropout 0.2 --last_code_weight 3 --swap_items $swap"
   local form=(--data_path "$work" --dataset "$DATASET" --index_file ".$1.json" --prompt_file config/short_prompts.json --his_sep= --no_eos)
   if [ "$1" = flat ]; then recipe="--epochs 12 --eval_delay 9 --learning_rate 2e-3 --dropout 0.3"; fi
   if [ ! -e "$run/base/config.json" ]; then

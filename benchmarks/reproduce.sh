@@ -75,6 +75,9 @@ if [ ! -e "$stem.index.json" ]; then
   two_levels "$stem.emb-behaviour.npy" "$stem.item.json" 6.5 "$work/index" "$stem.index.json"
 fi
 
+swap="$(swap_share "$stem.inter.json" "$stem.item.json")"
+if [ "$swap" = 0 ]; then swap=(); else swap=(--swap_items "$swap" --swap_by "$stem.emb-minilm-td.npy"); fi
+
 # train BASE RUN FLAGS…: fine-tune, if that is not done
 train() {
   local base="$1" run="$2"
@@ -104,7 +107,7 @@ one() {
     base="$runs/$1/aligned/model" start=()
   fi
   train "$base" "$runs/$1" --tasks seqrec --longest_history_only --prompt_file config/history_prompts.json ${start[@]+"${start[@]}"} \
-    --swap_items 0.2 --swap_by "$stem.emb-minilm-td.npy" --per_device_batch_size 32 --epochs "$EPOCHS" --eval_delay "$EPOCHS" \
+    ${swap[@]+"${swap[@]}"} --per_device_batch_size 32 --epochs "$EPOCHS" --eval_delay "$EPOCHS" \
     --eval_ranking "$(part 300 10)"
   python test.py --ckpt_path "$runs/$1/model" --results_file "$runs/$1/result-$USERS.json" --data_path "$work" \
     --dataset "$DATASET" --sample_num "$USERS" --num_beams 20 --test_batch_size auto --seed "$SEED"

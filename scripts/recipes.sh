@@ -44,6 +44,15 @@ codes_of() {
   python -c 'import json, math, sys; print(2 ** max(4, round(math.log2(len(json.load(open(sys.argv[1], encoding="utf-8"))) / float(sys.argv[2])))))' "$1" "$2"
 }
 
+# swap_share INTER_FILE ITEM_FILE: for --swap_items: 0.2 where items are rare, fewer than 16 training interactions each, else 0.
+# Measured on two datasets alone: it helps on Office (4 an item) and harms on MovieLens (58); docs/results.md.
+swap_share() {
+  python -c '
+import json, sys
+inters, items = (json.load(open(path, encoding="utf-8")) for path in sys.argv[1:])
+print(0.2 if sum(len(history) - 2 for history in inters.values()) < 16 * len(items) else 0)' "$1" "$2"
+}
+
 # recipe DATASET BASE_MODEL GPUS: sets NPROC, TEST_NPROC, INDEX_, BASE_, FINETUNE_ and TEST_RECIPE, and BEHAVIOUR (1: indices
 # of text and behaviour). Needs stem. CODES in INDEX_RECIPE stands for what codes_of gives.
 # Fine-tuning: the paper's for Games, Arts, Instruments and whenever a base model is named; else that of a tiny model. Indices:

@@ -112,6 +112,15 @@ def test_bm25_finds_the_text_with_the_querys_words():
     assert found.shape == (2, 20) and found[0, 0] == 7 and found[1, 0] == 13
 
 
+@pytest.mark.parametrize(("length", "share"), [(17, "0.2"), (18, "0")])
+def test_items_are_swapped_where_they_are_rare(tmp_path, length, share):
+    """16 training interactions an item are enough, the last two of a history not counted."""
+    (tmp_path / "inter.json").write_text(json.dumps({"0": [0] * length}))
+    (tmp_path / "item.json").write_text(json.dumps({"0": {}}))
+    command = 'source scripts/recipes.sh; swap_share "$1/inter.json" "$1/item.json"'
+    assert subprocess.check_output(["bash", "-c", command, "_", tmp_path], cwd=ROOT, text=True).strip() == share
+
+
 def test_a_folder_made_of_other_data_is_not_gone_on_with(tmp_path):
     write_drawn_dataset(tmp_path)
 
