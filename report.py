@@ -121,7 +121,8 @@ def cells(rows: dict[str, Mapping[str, np.ndarray | float]], names: str) -> list
 def recorded(path: Path | None, dataset: str) -> tuple[dict[str, dict[str, float]], str]:
     """The rows of `path` for `dataset`, `{label: {metric: value}}`, and a sentence for each about where it comes from.
 
-    The file is `{dataset: [{"model", "metrics": {name: value}, "source", "command"}, …]}`; a dataset that it lacks has none.
+    The file is `{dataset: [{"model", "metrics": {name: value}, "source", "command"}, …]}`; a dataset that it lacks has none, and
+    an entry may lack its command.
 
     Raises:
         UserError: the file has another form.
@@ -136,10 +137,11 @@ def recorded(path: Path | None, dataset: str) -> tuple[dict[str, dict[str, float
             label, metrics = f"{entry['model']} (recorded)", {k: float(v) for k, v in entry["metrics"].items()}
             if not all(map(math.isfinite, metrics.values())):
                 raise ValueError("not finite")
-            note += f" {label}: not run here; {entry['source']}: `{entry['command']}`."
+            command = f": `{entry['command']}`" if "command" in entry else ""
+            note += f" {label}: not run here; {entry['source']}{command}."
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             raise UserError(
-                f"{path}: {dataset!r} has an entry without texts 'model', 'source', 'command' and numbers 'metrics'"
+                f"{path}: {dataset!r} has an entry without texts 'model', 'source' and numbers 'metrics'"
             ) from None
         rows[label] = metrics
     return rows, note

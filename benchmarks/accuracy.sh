@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # A small model against SASRec on Amazon Office (leave one out, all items ranked): minutes on two CPU cores.
 #
-#   bash benchmarks/accuracy.sh                         RQ-VAE indices, seeds 42 43 44, then flat ones (one token an item); one table
+#   bash benchmarks/accuracy.sh                         RQ-VAE indices, seeds 42 43 44, then flat ones (one token an item); a table each
 #   METHOD=rqvae bash benchmarks/accuracy.sh            one of the two alone
 #   METHOD=x INDEX_FLAGS="--preset paper" bash benchmarks/accuracy.sh      an RQ-VAE of the texts with these flags, its index called x
-#   NAME=x METHOD=rqvae FINETUNE_FLAGS="--epochs 12 --eval_delay 10" bash benchmarks/accuracy.sh        another recipe, in folders of its own
+#   TRIAL=x METHOD=rqvae FINETUNE_FLAGS="--epochs 12 --eval_delay 10" bash benchmarks/accuracy.sh        another recipe, in folders of its own
 #   DATASET=Mine SOURCE=./data/Mine bash benchmarks/accuracy.sh
 #
 # SOURCE (../shared/data/Office) holds <DATASET>.inter.json and <DATASET>.item.json. RQ-VAE indices are learned from text and
@@ -12,16 +12,20 @@
 # two layers learns whole histories without instructions and without an end token (config/short_prompts.json): every item of a
 # history is predicted once an epoch. Where items are rare a fifth of them is swapped for like ones (swap_share in
 # scripts/recipes.sh). The epoch is chosen by NDCG@10 on the validation targets; the test targets are used once.
-# The same command goes on where it was cut off. What is done is kept: remove ckpt/accuracy/<DATASET> when the recipe has changed.
+# The same command goes on where it was cut off. What was made by another recipe is kept, and refused: name a TRIAL.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/env.sh
+usage "$@"
 source scripts/recipes.sh
 setup_env requirements.txt
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 DATASET="${DATASET:-Office}"
 SOURCE="${SOURCE:-../shared/data/$DATASET}"
 METHOD="${METHOD:-rqvae flat}"
+case " $METHOD " in *" rqvae "* | *" flat "*)
+  if [ -n "${INDEX_FLAGS:-}" ]; then echo "error: INDEX_FLAGS make an index of another METHOD than rqvae and flat" >&2; exit 2; fi ;;
+esac
 work="./ckpt/accuracy/$DATASET"
 stem="$work/$DATASET/$DATASET"
 made_of "$work" "$SOURCE" "$DATASET"
@@ -37,7 +41,7 @@ make_index() {
   if [ -e "$stem.$1.json" ]; then return; fi
   if [ "$1" = rqvae ]; then
     two_levels "$stem.emb-behaviour.npy" "$stem.item.json" 6.5 "$work/index-$1" "$stem.$1.json"
-  elif [ -n "${INDEX_FLAGS:-}" ]; then
+  elif [ "$1" != flat ] && [ -n "${INDEX_FLAGS:-}" ]; then
     # shellcheck disable=SC2086
     python index/main.py --data_path "$stem.emb-minilm-td.npy" --ckpt_dir "$work/index-$1" $INDEX_FLAGS
     python index/generate_indices.py --ckpt_path "$work/index-$1" --output_file "$stem.$1.json"
@@ -48,9 +52,11 @@ make_index() {
 
 # one METHOD SEED: fine-tune and test, if that is not done
 one() {
-  local run="$work/${NAME:+$NAME-}$1-seed$2" recipe="--epochs 16 --eval_delay 14 --learning_rate 3e-3 --dropout 0.2 --last_code_weight 3 --swap_items $swap"
+  local run="$work/${TRIAL:+$TRIAL-}$1-seed$2" recipe="--epochs 16 --eval_delay 14 --learning_rate 3e-3 --dropout 0.2 --last_code_weight 3 --swap_items $swap"
   local form=(--data_path "$work" --dataset "$DATASET" --index_file ".$1.json" --prompt_file config/short_prompts.json --his_sep= --no_eos)
   if [ "$1" = flat ]; then recipe="--epochs 12 --eval_delay 9 --learning_rate 2e-3 --dropout 0.3"; fi
+  recipe="$recipe ${FINETUNE_FLAGS:-}"
+  made_of "$run" "$SOURCE" "$DATASET" "$recipe"
   if [ ! -e "$run/base/config.json" ]; then
     python data_process/base_model.py tiny --data_path "$work" --dataset "$DATASET" --target "$run/base" --layers 2 --seed "$2"
   fi
@@ -60,7 +66,7 @@ one() {
       --deepspeed none --packing --no-gradient_checkpointing --tasks seqrec --train_prompt_sample_num 1 --train_data_sample_num 0 \
       --history_windows --init_item_tokens "$stem.emb-minilm-td.npy" --per_device_batch_size 64 --gradient_accumulation_steps 1 \
       --warmup_ratio 0.05 --logging_step 50 --valid_prompt_sample_num 1 --eval_ranking 1000000 --select_by ndcg@10 \
-      --save_total_limit 1 $recipe ${FINETUNE_FLAGS:-}
+      --save_total_limit 1 $recipe
   fi
   python test.py --ckpt_path "$run/model" --results_file "$run/result.json" "${form[@]}" --seed "$2" --num_beams 20 \
     --test_batch_size auto
@@ -71,9 +77,8 @@ for method in $METHOD; do
   results=()
   for seed in ${SEEDS:-42 43 44}; do
     one "$method" "$seed"
-    results+=("$work/${NAME:+$NAME-}$method-seed$seed/result.json")
+    results+=("$work/${TRIAL:+$TRIAL-}$method-seed$seed/result.json")
   done
   python report.py --results_file "${results[@]}" --data_path "$work" --dataset "$DATASET" --index_file ".$method.json" \
-    --table_file "$work/${NAME:+$NAME-}$method.table.md" --references benchmarks/references.json
+    --table_file "$work/${TRIAL:+$TRIAL-}$method.table.md" --references benchmarks/references.json
 done
-if [ -e "$SOURCE/SOURCE.md" ]; then echo "references of $SOURCE/SOURCE.md:"; sed -n '/^|/p' "$SOURCE/SOURCE.md"; fi

@@ -1,7 +1,7 @@
 """RecBole beside this repository: its environment, its files of a dataset, and one trained model.
 
 The environment is a folder of `fetch.py`'s cache: RecBole and what it needs in older versions (requirements-recbole.txt), and,
-by a line in a `.pth` file, what is the same in ours (torch above all), which is not installed twice.
+by a line in a `.pth` file, what is the same in ours (torch above all), which is not installed twice. As a program this makes it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data_process import to_recbole
 from data_process.fetch import cache_folder
 from folders import locked
-from utils import UserError, read_json, say, sha256, write_json
+from utils import UserError, read_json, run_main, say, sha256, write_json
 
 HERE = Path(__file__).resolve().parent
 REQUIREMENTS = HERE / "requirements-recbole.txt"
@@ -104,3 +104,7 @@ def _run_recbole(folder: Path, config_file: Path, settings: dict[str, Any]) -> N
 def data_hashes(data_path: str, dataset: str) -> dict[str, str]:
     """The SHA-256 of the files that a baseline is made of."""
     return {kind: sha256(Path(data_path) / dataset / f"{dataset}.{kind}.json") for kind in ("inter", "item")}
+
+
+if __name__ == "__main__":
+    run_main(recbole_python)

@@ -1,13 +1,12 @@
 """Popularity and RecBole's sequential models on a dataset, on the same split and candidates as this model, in one table.
 
     python benchmarks/compare.py --data_path ../shared/data --dataset Office
-    python benchmarks/compare.py --data_path ./data --dataset ml-100k --models SASRec --max_his_len 50 \\
-      --results "LC-Rec=results/ml-100k/result.json" --references benchmarks/references.json
+    python benchmarks/compare.py --data_path ./data --dataset Mine --results "LC-Rec=results/Mine/result.json"
 
-Leave one out, the last `--max_his_len` items as history, all items ranked, what the user has met included. RecBole 1.2.1 trains
-in an environment of its own, which the first run makes. Every model has RecBole's own size (64 dimensions; SASRec and BERT4Rec
-two layers, GRU4Rec one of 128), cross-entropy over all items, Adam, and stops after ten epochs without a better NDCG@10 on the
-validation targets. The setting with the best validation NDCG@10 of this grid is tested, with every seed:
+Leave one out, the last 20 items as history (`--max_his_len`), all items ranked, what the user has met included. RecBole 1.2.1
+trains in an environment of its own, which the first run makes. Every model has RecBole's own size (64 dimensions; SASRec and
+BERT4Rec two layers, GRU4Rec one of 128), cross-entropy over all items, Adam, and stops after ten epochs without a better NDCG@10
+on the validation targets. The setting with the best validation NDCG@10 of this grid is tested, with every seed:
 {grid}
 `--results` adds lists that test.py wrote (several files of one name: seeds), and a table of differences with 95 % intervals by a
 paired bootstrap over the users that both have: from each baseline, and from the first NAME. The last table tells what models are
@@ -44,6 +43,7 @@ from report import METRIC_NAMES, cells, intervals, markdown, popularity_ranks, r
 from results import predictions_of, read_predictions, read_results
 from utils import UserError, atomic_path, read_json, run_main, say, versions, write_json
 
+USUAL_LENGTH = 20  # items of history
 Ranks = dict[str, list[int]]  # user → the target's rank from 0 (-1: not in the list) for each prompt and seed
 Point = tuple[float, float, int]  # learning rate, dropout, batch
 DROPOUTS = {
@@ -241,8 +241,12 @@ class Tuning:
         return Row(joined(list(ranks.values())), ranks if len(seeds) > 1 else {}, clock(seconds), f"{parameters:,}")
 
 
-def our_rows(named: list[str], data: RecData, max_his_len: int) -> dict[str, Row]:
-    """The rows of `--results NAME=FILE …`. Raises UserError for a baseline's name, other data, other histories."""
+def our_rows(named: list[str], data: RecData, max_his_len: int | None) -> tuple[dict[str, Row], int]:
+    """The rows of `--results NAME=FILE …`, and how many items of history they saw: `max_his_len` unless that is None.
+
+    Raises:
+        UserError: a baseline's name, other data, or other histories.
+    """
     targets = {user: items[-1] for user, items in data.inters.items()}
     files: dict[str, list[Path]] = {}
     for text in named:
@@ -253,26 +257,32 @@ def our_rows(named: list[str], data: RecData, max_his_len: int) -> dict[str, Row
     rows = {}
     for name, paths in files.items():
         for path in paths:
-            used = read_results(path)["config"]["arguments"].get("max_his_len", max_his_len)
+            used = read_results(path)["config"]["arguments"].get("max_his_len", USUAL_LENGTH)
+            max_his_len = used if max_his_len is None else max_his_len
             if max(used, 0) != max(max_his_len, 0):
                 raise UserError(
                     f"{path}: histories of {used} items; give --max_his_len {used}, so that all see the same"
                 )
         runs = {str(path): user_ranks(predictions_of(path), targets) for path in paths}
         rows[name] = Row(joined(list(runs.values())), runs if len(runs) > 1 else {}, *checkpoint_facts(paths[0]))
-    return rows
+    return rows, USUAL_LENGTH if max_his_len is None else max_his_len
 
 
 def checkpoint_facts(results: Path) -> tuple[str, str]:
-    """Training time and parameters of the checkpoint that a results file names, "–" for what is not there any more."""
+    """Training time and parameters of the checkpoint that a results file names, "–" for what is not there any more.
+
+    A training that went on later wrote a clock of its own: their last readings are added.
+    """
     folder = Path(str(read_results(results)["config"]["arguments"].get("ckpt_path", "")))
     log, weights = folder / "train.log", sorted(folder.glob("*.safetensors"))
-    times = re.findall(r"^\[ *([\d:]+)\]", log.read_text(encoding="utf-8"), re.M) if log.is_file() else []
+    times = re.findall(r"^\[ *(\d+):(\d+)\]", log.read_text(encoding="utf-8"), re.M) if log.is_file() else []
+    clocks = [int(minutes) * 60 + int(seconds) for minutes, seconds in times]
+    trained = sum(now for now, after in pairwise([*clocks, -1]) if after < now)
     count = 0
     for path in weights:
         with safe_open(path, "pt") as file:
             count += sum(int(np.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118
-    return times[-1] if times else "–", f"{count:,}" if count else "–"
+    return clock(trained) if clocks else "–", f"{count:,}" if count else "–"
 
 
 # ---- tables ----
@@ -355,7 +365,11 @@ def main(argv: list[str] | None = None) -> None:
         help="points for every model instead of the above",
     )
     parser.add_argument("--seeds", nargs="+", type=whole(0, 2**32 - 1), default=[42], help="the first is the grid's")
-    parser.add_argument("--max_his_len", type=whole(-1), default=20, help="items of history at most; -1: all")
+    parser.add_argument(
+        "--max_his_len",
+        type=whole(-1),
+        help=f"items of history at most; -1: all; default: what --results saw, or {USUAL_LENGTH}",
+    )
     parser.add_argument(
         "--results",
         nargs="*",
@@ -367,7 +381,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--references", type=file_name, metavar="F", help="write the baselines' rows to this file")
     options = parser.parse_args(argv)
     data = read_dataset(options.data_path, options.dataset)
-    ours = our_rows(options.results, data, options.max_his_len)  # their faults first: training takes long
+    ours, max_his_len = our_rows(options.results, data, options.max_his_len)  # their faults first: training takes long
     folder = Path(options.work) / data.name
     places = popularity_ranks(data, leave_out_seen=False).tolist()
     rows = {"popularity": Row({user: [rank] for user, rank in zip(data.inters, places, strict=True)})}
@@ -375,8 +389,8 @@ def main(argv: list[str] | None = None) -> None:
     if options.models:
         grid = {model: options.grid or GRID[model] for model in options.models}
         say(f"grid:\n{grid_text(grid)}")
-        config_file = prepare(options.data_path, data.name, folder / "recbole", options.max_his_len)
-        identity = {"max_his_len": options.max_his_len, "data": data_hashes(options.data_path, data.name)}
+        config_file = prepare(options.data_path, data.name, folder / "recbole", max_his_len)
+        identity = {"max_his_len": max_his_len, "data": data_hashes(options.data_path, data.name)}
         tuning = Tuning(data, folder, config_file, identity)
         for model in options.models:
             point, grids[model] = tuning.tune(model, grid[model], options.seeds[0])
@@ -397,10 +411,11 @@ def main(argv: list[str] | None = None) -> None:
     if options.references:
         command = (
             f"python benchmarks/compare.py --data_path {options.data_path} --dataset {data.name} --models "
-            f"{' '.join(chosen)} --seeds {seeds} --max_his_len {options.max_his_len}"
+            f"{' '.join(chosen)} --seeds {seeds} --max_his_len {max_his_len}"
         )
+        command += f" --grid {' '.join(map(point_text, options.grid))}" if options.grid else ""
         write_references(Path(options.references), data.name, {name: rows[name] for name in chosen}, command, chosen)
-    say(text)
+    say(f"{text}\n{folder / 'compare.md'}: these tables")
 
 
 if __name__ == "__main__":

@@ -17,11 +17,12 @@
 # "training" is the histories' time alone; rows with more tasks are trained for longer, since the alignment is longer.
 # Settings: EPOCHS 5 | USERS (tested) all | SHARE 1 (of samples, epochs and users) | ROWS | SEED 42 | WORK ./ckpt/reproduce
 #   BASELINES SASRec (or more of compare.py's models; empty: none)
-#   JOBS 2: rows at a time, each on its share of the cores (4.5 GiB of memory each) | DATASET Office | SOURCE ../shared/data/$DATASET
+#   JOBS 2: rows at a time, each on its share of the cores (4.5 GiB of memory each; of disk 0.6 GB a row, in training 2) | DATASET Office | SOURCE ../shared/data/$DATASET
 #   FINETUNE_FLAGS: appended to finetune.py's in both phases, so they win (a change needs another WORK)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/env.sh
+usage "$@"
 ROWS="${ROWS:-SEQ +MUT +ASY +ITE +PER random:+PER}"
 names=(SEQ +MUT +ASY +ITE +PER)
 tasks=("" item2index,index2item fusionseqrec itemsearch preferenceobtain)
@@ -49,17 +50,19 @@ done
 
 setup_env requirements.txt
 source scripts/recipes.sh
-JOBS="${JOBS:-2}"
 DATASET="${DATASET:-Office}"
 SOURCE="${SOURCE:-../shared/data/$DATASET}"
 SEED="${SEED:-42}"
 SHARE="${SHARE:-1}"
 EPOCHS="${EPOCHS:-5}"
-for name in SHARE EPOCHS USERS; do
+JOBS="${JOBS:-2}"
+case "$JOBS" in "" | *[!0-9]* | 0*) echo "error: JOBS='$JOBS' must be a whole number from 1" >&2; exit 2 ;; esac
+for name in SHARE EPOCHS USERS SEED; do
   case "${!name:-1}" in *[!0-9.]* | *.*.* | .) echo "error: $name='${!name}' must be a number" >&2; exit 2 ;; esac
 done
 part() { python -c 'import sys; number, least, share = map(float, sys.argv[1:]); print(round(max(least, number * share)))' "$1" "$2" "$SHARE"; }
-EPOCHS="$(python -c 'import sys; print(f"{float(sys.argv[1]) * float(sys.argv[2]):g}")' "$EPOCHS" "$SHARE")"
+times() { python -c 'import sys; print(f"{float(sys.argv[1]) * float(sys.argv[2]):g}")' "$1" "$2"; }
+SHARE="$(times "$SHARE" 1)" EPOCHS="$(times "$EPOCHS" "$SHARE")"
 work="${WORK:-./ckpt/reproduce}/$DATASET"
 stem="$work/$DATASET/$DATASET"
 made_of "$work" "$SOURCE" "$DATASET" "${FINETUNE_FLAGS:-}"
@@ -109,6 +112,7 @@ one() {
   train "$base" "$runs/$1" --tasks seqrec --longest_history_only --prompt_file config/history_prompts.json ${start[@]+"${start[@]}"} \
     ${swap[@]+"${swap[@]}"} --per_device_batch_size 32 --epochs "$EPOCHS" --eval_delay "$EPOCHS" \
     --eval_ranking "$(part 300 10)"
+  rm -f "$runs/$1"/aligned/model/*.safetensors
   python test.py --ckpt_path "$runs/$1/model" --results_file "$runs/$1/result-$USERS.json" --data_path "$work" \
     --dataset "$DATASET" --sample_num "$USERS" --num_beams 20 --test_batch_size auto --seed "$SEED"
 }
@@ -119,25 +123,39 @@ for row in $ROWS; do
   if [ ! -e "$base/config.json" ]; then python data_process/base_model.py smollm2 --target "$base" --seed "$SEED" $random; fi
 done
 
+# RecBole's environment now: it needs the network, and hours later would be late to say so
+if [ -n "${BASELINES-SASRec}" ]; then python benchmarks/baselines.py; fi
+
 # JOBS rows at a time; what they print goes to $runs/logs
-trap 'trap - INT TERM HUP; kill 0' INT TERM HUP
+pids=() failed=0
+stop() {
+  trap '' INT TERM HUP
+  for pid in ${pids[@]+"${pids[@]}"}; do kill -- "-$pid" 2> /dev/null || true; done
+  exit 130
+}
+trap stop INT TERM HUP
 threads="${OMP_NUM_THREADS:-$(($(nproc) > JOBS ? $(nproc) / JOBS : 1))}"
 mkdir -p "$runs/logs"
-pids=() logs=() failed=0
 for row in $ROWS; do
   while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do sleep 1; done
   log="$runs/logs/$row.txt"
   echo "== $(date +%H:%M) $row (tail -f $log)"
-  (set -e; export OMP_NUM_THREADS="$threads"; one "$row") >> "$log" 2>&1 &
-  pids+=($!) logs+=("$log")
+  set -m  # a process group of its own, so that all of it can be stopped
+  {
+    set +e
+    (set -e; export OMP_NUM_THREADS="$threads"; one "$row") >> "$log" 2>&1
+    status=$?
+    if [ "$status" != 0 ]; then echo "error: $row failed; the end of $log:" >&2; tail -n 3 "$log" >&2; fi
+    exit "$status"
+  } &
+  pids+=($!)
+  set +m
 done
-for i in "${!pids[@]}"; do
-  if ! wait "${pids[$i]}"; then failed=1; echo "${logs[$i]}:" >&2; tail -n 3 "${logs[$i]}" >&2; fi
-done
+for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
 if [ "$failed" = 1 ]; then echo "error: not all rows were done; the same command goes on from here" >&2; exit 1; fi
 results=()
 for row in $ROWS; do results+=("$row=$runs/$row/result-$USERS.json"); done
 echo "$DATASET, one epoch of the row's language tasks, then $EPOCHS of histories; $USERS test users:"
 # shellcheck disable=SC2086
-python benchmarks/compare.py --data_path "$work" --dataset "$DATASET" --models ${BASELINES-SASRec} --work "$runs/compare" \
-  --results "${results[@]}"
+python benchmarks/compare.py --data_path "$work" --dataset "$DATASET" --models ${BASELINES-SASRec} --seeds "$SEED" \
+  --work "$work/compare" --results "${results[@]}" | tee "$runs/table.md"

@@ -27,7 +27,7 @@ from flag_values import SEEDS
 from metrics.ranking import means, rank_of
 from quiet import silence_libraries
 from reading import read_array
-from results import read_predictions
+from results import predictions_of, read_predictions
 from samples import TestSet
 from tasks import TASKS, HistoryFormat
 from utils import UserError, run_main, say
@@ -58,7 +58,7 @@ def model_ranks(path: str, targets: dict[int, int]) -> dict[int, int]:
     Raises:
         UserError: they are of other queries, or of several prompts.
     """
-    predictions = Path(path).with_suffix(".predictions.jsonl")
+    predictions = predictions_of(Path(path))
     ranks: dict[int, int] = {}
     for record in read_predictions(predictions):
         if record["sample"] in ranks:
@@ -81,9 +81,10 @@ def own_words(data: RecData, samples: TestSet, numbers: list[int]) -> str:
         text = title | set(content_words(data.descriptions[sample.target]))
         with_title += bool(query & title)
         shares.append(len(query & text) / max(1, len(query)))
+    alone = sum(share == 0 for share in shares)
     return (
         f"{with_title / len(numbers):.0%} of the queries have a word of their item's title; "
-        f"of a query's words {np.mean(shares):.0%} are in title or description"
+        f"of a query's words {np.mean(shares):.0%} are in title or description; {alone:,} queries have none of their item's words"
     )
 
 
@@ -100,7 +101,12 @@ def main(argv: list[str] | None = None) -> None:
     data = load_data(options.data_path, options.dataset, options.index_file, parts)
     samples = TestSet(data, "itemsearch", HistoryFormat(), seed=options.seed)
     targets = {number: samples[number].target for number in range(len(samples))}
-    models = {row.partition("=")[0]: model_ranks(row.partition("=")[2], targets) for row in options.results}
+    models = {}
+    for row in options.results:
+        name, named_so, path = row.partition("=")
+        if not (name and named_so) or name in models:
+            raise UserError(f"--results {row}: must be NAME=FILE, each with a name of its own")
+        models[name] = model_ranks(path, targets)
     numbers = sorted(next(iter(models.values()), targets))
     queries = [samples[number].slots["query"] for number in numbers]
     texts = [f"{title}. {description}" for title, description in zip(data.titles, data.descriptions, strict=True)]

@@ -12,6 +12,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/env.sh
+usage "$@"
 source scripts/recipes.sh
 setup_env benchmarks/requirements.txt
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"
@@ -46,6 +47,7 @@ plain=() harder=()
 model() {
   local name="$1" base="$2" run="$work/${1//[, ]/-}-seed$SEED"
   shift 2
+  made_of "$run" "$SOURCE" "$DATASET" "$*"
   if [ ! -e "$run/model/config.json" ]; then
     python finetune.py --base_model "$base" --output_dir "$run/model" --resume_from_checkpoint auto --seed "$SEED" \
       --data_path "$short" --dataset "$DATASET" --deepspeed none --packing --no-gradient_checkpointing \

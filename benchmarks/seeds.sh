@@ -5,6 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/env.sh
+usage "$@"
 unset OUTPUT_DIR RESULTS_DIR  # each seed has its own
 setup_env requirements.txt
 DATASET="${DATASET:-ml-100k}"
@@ -15,4 +16,5 @@ for seed in ${SEEDS:-42 43 44}; do
   suffix=""; [ "$seed" = 42 ] || suffix="-seed$seed"
   results+=("./results/$DATASET$suffix/result.json")
 done
-python report.py --results_file "${results[@]}" --data_path "$DATA_PATH" --dataset "$DATASET" --table_file "./results/$DATASET-seeds.md"
+python report.py --results_file "${results[@]}" --data_path "$DATA_PATH" --dataset "$DATASET" \
+  --table_file "./results/$DATASET-seeds.md" --references benchmarks/references.json

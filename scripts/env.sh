@@ -21,5 +21,14 @@ setup_env() {
   fi
 }
 
+# usage [ARGUMENT]: of a script in benchmarks/: print the comment at its top for -h and --help, refuse anything else
+usage() {
+  case "${1:-}" in
+    "") ;;
+    -h | --help) sed -n '2,/^set /p' "benchmarks/${0##*/}" | sed '$d;s/^# \{0,1\}//'; exit 0 ;;
+    *) echo "error: $1: settings are environment variables; --help lists them" >&2; exit 2 ;;
+  esac
+}
+
 # count_gpus: how many CUDA devices PyTorch sees.
 count_gpus() { python -c 'import torch; print(torch.cuda.device_count())'; }

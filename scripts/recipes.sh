@@ -30,6 +30,7 @@ made_of() {
     [ -e "$2/$3.$kind.json" ] || { echo "error: $2/$3.$kind.json is missing (SOURCE, DATASET)" >&2; exit 2; }
   done
   of="$(cat "$2/$3".{inter,item}.json | cksum) ${4:-}"
+  if [ -e "$2/$3.user.json" ]; then of="$of, user texts $(cksum < "$2/$3.user.json")"; fi
   mkdir -p "$1"
   if [ ! -e "$1/made-of.txt" ]; then
     echo "$of" > "$1/made-of.txt"

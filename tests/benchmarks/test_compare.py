@@ -101,10 +101,10 @@ def test_references_are_ranked_on_fewer_users_too_and_with_the_same_histories(tm
     flags = ["--data_path", str(tmp_path), "--dataset", "Toy", "--work", str(tmp_path / "w"), "--models"]
     named = ["--results", f"ours={tmp_path / 's.json'}"]
     with pytest.raises(UserError, match="histories of 50 items; give --max_his_len 50"):
-        compare.main([*flags, *named])
+        compare.main([*flags, *named, "--max_his_len", "20"])
     with pytest.raises(UserError, match="popularity is a baseline's name"):
         compare.main([*flags, "--results", f"popularity={tmp_path / 's.json'}"])
-    compare.main([*flags, *named, f"more={tmp_path / 's.json'}", "--max_his_len", "50"])
+    compare.main([*flags, *named, f"more={tmp_path / 's.json'}"])
     lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line[:1] == "|"]
     fifth = {line[0].strip(): line[2].split()[0] for line in reversed(lines) if len(line) > 2}
     assert fifth["popularity"] == "0.5000" and fifth["popularity, the users of all (2 users)"] == "1.0000"
@@ -126,6 +126,13 @@ def test_users_are_told_apart_by_what_followed_what_in_training():
         ["never (1)", "once or twice (1)", "three times or more (2)"],
         ["1.0000 / 1.0000", "0.0000 / 0.0000", "0.7500 / 0.7500"],
     ]
+
+
+def test_the_time_of_a_training_that_went_on_is_that_of_all_its_parts(tmp_path):
+    write_json(tmp_path / "r.json", {"config": {"arguments": {"ckpt_path": str(tmp_path)}}})
+    assert compare.checkpoint_facts(tmp_path / "r.json") == ("–", "–")
+    (tmp_path / "train.log").write_text("[ 12:30] step 1\n[112:31] step 2\nnote\n[  0:10] step 2\n[  0:40] step 3\n")
+    assert compare.checkpoint_facts(tmp_path / "r.json") == ("113:11", "–")
 
 
 def test_recorded_rows_are_replaced_and_the_others_stay(tmp_path):

@@ -1,13 +1,16 @@
 """benchmarks/reproduce.sh with a `python` that only writes down what it is asked to do."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from running import ROOT
 from toy_data import write_drawn_dataset
 
+COMMAND = ["bash", str(ROOT / "benchmarks" / "reproduce.sh")]
 STUB = """#!/usr/bin/env bash
 case "$1" in -c) exec {python} "$@" ;; -m) exit 0 ;; esac
 echo "$*" >> "$CALLS"
@@ -15,7 +18,8 @@ case "$1" in
   benchmarks/short_texts.py) cp "$2" "$3" ;;
   finetune.py)
     while [ "$1" != --output_dir ]; do shift; done
-    case "$2" in *"${{FAILS:-none}}"*) exit 1 ;; esac
+    case "$2" in *"${{FAILS:-none}}"*) echo "out of luck" >&2; exit 1 ;; esac
+    if [ -n "${{SLEEPS:-}}" ]; then echo $$ > "$SLEEPS"; exec sleep 600; fi
     mkdir -p "$2/checkpoint-1"; touch "$2/config.json" ;;
 esac
 """
@@ -31,19 +35,21 @@ def reproduce(tmp_path):
     stub.write_text(STUB.format(python=sys.executable))
     stub.chmod(0o755)
 
-    def run(rows: str, **settings: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+    def environment(rows: str, **settings: str) -> dict[str, str]:
         own = {
             "PATH": os.environ["PATH"],
             "CALLS": str(tmp_path / "calls"),
             "VENV": str(tmp_path / "venv"),
             "ROWS": rows,
         }
-        own |= {"DATASET": "Toy", "SOURCE": str(tmp_path / "Toy"), "WORK": str(tmp_path / "work"), **settings}
+        return own | {"DATASET": "Toy", "SOURCE": str(tmp_path / "Toy"), "WORK": str(tmp_path / "work"), **settings}
+
+    def run(rows: str, **settings: str) -> tuple[subprocess.CompletedProcess, list[str]]:
         (tmp_path / "calls").write_text("")
-        command = ["bash", str(ROOT / "benchmarks" / "reproduce.sh")]
-        done = subprocess.run(command, env=own, capture_output=True, text=True)
+        done = subprocess.run(COMMAND, env=environment(rows, **settings), capture_output=True, text=True)
         return done, (tmp_path / "calls").read_text().splitlines()
 
+    run.environment = environment
     return run
 
 
@@ -77,12 +83,13 @@ def test_every_row_ends_with_the_same_histories_and_language_comes_before_them(r
     (table,) = (call for call in calls if call.startswith("benchmarks/compare.py"))
     assert "--models SASRec" in table and "random:+MUT=" in table
     again, calls = reproduce("SEQ +ASY random:+MUT", BASELINES="")
-    assert again.returncode == 0 and not trained(calls) and "--models --work" in calls[-1]
+    assert again.returncode == 0 and not trained(calls) and "--models --seeds 42 --work" in calls[-1]
 
 
 def test_a_share_has_its_own_folder_and_a_row_that_fails_is_told(reproduce):
     done, calls = reproduce("+MUT SEQ", SHARE="0.1", FAILS="+MUT/aligned")
-    assert done.returncode == 1 and "not all rows were done" in done.stderr and "+MUT.txt" in done.stderr
+    assert done.returncode == 1 and "not all rows were done" in done.stderr
+    assert "error: +MUT failed; the end of" in done.stderr and "out of luck" in done.stderr
     assert "--train_data_sample_num 70,70 " in trained(calls)["+MUT/aligned/model"]
     assert any(call.startswith("test.py") and "0.5-epochs-share0.1/SEQ/model" in call for call in calls)
     assert not any("compare.py" in call for call in calls)
@@ -94,7 +101,34 @@ def test_an_unknown_row_is_one_line(reproduce, row):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"no row {row}" in done.stderr and not calls
 
 
-@pytest.mark.parametrize("settings", [{"SHARE": "abc"}, {"EPOCHS": "5; x"}, {"USERS": "1.2.3"}, {"SHARE": "-1"}])
+@pytest.mark.parametrize(
+    "settings", [{"SHARE": "abc"}, {"EPOCHS": "5; x"}, {"USERS": "1.2.3"}, {"SHARE": "-1"}, {"JOBS": "0"}]
+)
 def test_a_setting_that_is_no_number_is_one_line(reproduce, settings):
     done, calls = reproduce("SEQ", **settings)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "must be a number" in done.stderr and not calls
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "must be a" in done.stderr and not calls
+
+
+def test_a_share_of_one_is_the_whole_and_other_words_are_refused(reproduce):
+    done, calls = reproduce("SEQ", SHARE="1.0")
+    assert done.returncode == 0 and "seed42-5-epochs/SEQ/model" in " ".join(calls)
+    for flag, status, word in (("--help", 0, "SEQ none | +MUT"), ("SEQ", 2, "settings are environment variables")):
+        asked = subprocess.run([*COMMAND, flag], env=reproduce.environment("SEQ"), capture_output=True, text=True)
+        assert asked.returncode == status and word in asked.stdout + asked.stderr
+
+
+def test_stopping_the_script_stops_its_rows(reproduce, tmp_path):
+    sleeper = tmp_path / "sleeper"
+    environment = reproduce.environment("SEQ +MUT", SLEEPS=str(sleeper), JOBS="1")
+    script = subprocess.Popen(COMMAND, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for _ in range(300):
+        time.sleep(0.1)
+        if sleeper.exists() and sleeper.read_text():
+            break
+    script.send_signal(signal.SIGTERM)
+    script.communicate(timeout=30)
+    assert script.returncode == 130
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.kill(int(sleeper.read_text()), 0)
+            time.sleep(0.1)
