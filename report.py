@@ -191,8 +191,9 @@ def main(argv: list[str] | None = None) -> None:
     target = Path(args.table_file) if args.table_file else results[0].with_name(f"{results[0].stem}.table.md")
     html = page_file(target)
     tested = read_results(results[0])["config"]["arguments"] if not args.data_path else {}
-    where = (args.data_path, args.dataset, args.index_file)
-    data = load_data(*(str(tested.get(flag.name, given)) for flag, given in zip(DATASET, where, strict=True)))
+    given = {flag: getattr(args, flag.name) for flag in DATASET}
+    where = (tested.get(flag.name, value) if value == flag.default else value for flag, value in given.items())
+    data = load_data(*map(str, where))
     popular = {"popularity": popularity_ranks(data, False), "popularity, unseen": popularity_ranks(data, True)}
     rows: dict[str, Mapping[str, np.ndarray | float]] = {
         "random (expected)": random_expectation(len(data.titles), args.metrics)

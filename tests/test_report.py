@@ -139,6 +139,8 @@ def test_the_results_name_their_data(toy, tmp_path):
     write_run(tmp_path, {"arguments": {"data_path": str(toy), "dataset": "Toy", "index_file": ".index.json"}})
     report.main(["--results_file", str(tmp_path / "result.json")])
     assert "Toy: 4 users" in (tmp_path / "result.table.md").read_text()
+    with pytest.raises(UserError, match=r"Toy\.other\.json"):  # a flag that is given counts
+        report.main(["--results_file", str(tmp_path / "result.json"), "--index_file", ".other.json"])
 
 
 def test_the_order_of_the_lines_plays_no_part(toy, tmp_path):
