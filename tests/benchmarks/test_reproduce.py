@@ -3,54 +3,17 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
-from running import ROOT
-from toy_data import write_drawn_dataset
-
-COMMAND = ["bash", str(ROOT / "benchmarks" / "reproduce.sh")]
-STUB = """#!/usr/bin/env bash
-case "$1" in -c) exec {python} "$@" ;; -m) exit 0 ;; esac
-echo "$*" >> "$CALLS"
-case "$1" in
-  benchmarks/short_texts.py) cp "$2" "$3" ;;
-  finetune.py)
-    while [ "$1" != --output_dir ]; do shift; done
-    case "$2" in *"${{FAILS:-none}}"*) echo "out of luck" >&2; exit 1 ;; esac
-    if [ -n "${{SLEEPS:-}}" ]; then echo $$ > "$SLEEPS"; exec sleep 600; fi
-    mkdir -p "$2/checkpoint-1"; touch "$2/config.json" ;;
-esac
-"""
+from stub_python import StubPython
 
 
 @pytest.fixture
 def reproduce(tmp_path):
-    """A function that runs the script with settings; it returns the finished process and the calls of Python."""
-    write_drawn_dataset(tmp_path)
-    (tmp_path / "venv" / "bin").mkdir(parents=True)
-    (tmp_path / "venv" / "bin" / "activate").write_text(f'export PATH="{tmp_path}/venv/bin:$PATH"\n')
-    stub = tmp_path / "venv" / "bin" / "python"
-    stub.write_text(STUB.format(python=sys.executable))
-    stub.chmod(0o755)
-
-    def environment(rows: str, **settings: str) -> dict[str, str]:
-        own = {
-            "PATH": os.environ["PATH"],
-            "CALLS": str(tmp_path / "calls"),
-            "VENV": str(tmp_path / "venv"),
-            "ROWS": rows,
-        }
-        return own | {"DATASET": "Toy", "SOURCE": str(tmp_path / "Toy"), "WORK": str(tmp_path / "work"), **settings}
-
-    def run(rows: str, **settings: str) -> tuple[subprocess.CompletedProcess, list[str]]:
-        (tmp_path / "calls").write_text("")
-        done = subprocess.run(COMMAND, env=environment(rows, **settings), capture_output=True, text=True)
-        return done, (tmp_path / "calls").read_text().splitlines()
-
-    run.environment = environment
-    return run
+    """A function that runs the script with rows and settings; it returns the finished process and the calls of Python."""
+    stub = StubPython(tmp_path, "reproduce.sh")
+    return lambda rows, **settings: stub.run(ROWS=rows, WORK=str(tmp_path / "work"), **settings)
 
 
 def trained(calls: list[str]) -> dict[str, str]:
@@ -109,18 +72,19 @@ def test_a_setting_that_is_no_number_is_one_line(reproduce, settings):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "must be a" in done.stderr and not calls
 
 
-def test_a_share_of_one_is_the_whole_and_other_words_are_refused(reproduce):
+def test_a_share_of_one_is_the_whole_and_other_words_are_refused(reproduce, tmp_path):
     done, calls = reproduce("SEQ", SHARE="1.0")
     assert done.returncode == 0 and "seed42-5-epochs/SEQ/model" in " ".join(calls)
+    stub = StubPython(tmp_path / "again", "reproduce.sh")
     for flag, status, word in (("--help", 0, "SEQ none | +MUT"), ("SEQ", 2, "settings are environment variables")):
-        asked = subprocess.run([*COMMAND, flag], env=reproduce.environment("SEQ"), capture_output=True, text=True)
+        asked = subprocess.run([*stub.command, flag], env=stub.environment(), capture_output=True, text=True)
         assert asked.returncode == status and word in asked.stdout + asked.stderr
 
 
-def test_stopping_the_script_stops_its_rows(reproduce, tmp_path):
-    sleeper = tmp_path / "sleeper"
-    environment = reproduce.environment("SEQ +MUT", SLEEPS=str(sleeper), JOBS="1")
-    script = subprocess.Popen(COMMAND, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def test_stopping_the_script_stops_its_rows(tmp_path):
+    sleeper, stub = tmp_path / "sleeper", StubPython(tmp_path, "reproduce.sh")
+    environment = stub.environment(ROWS="SEQ +MUT", SLEEPS=str(sleeper), JOBS="1")
+    script = subprocess.Popen(stub.command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for _ in range(300):
         time.sleep(0.1)
         if sleeper.exists() and sleeper.read_text():

@@ -1,0 +1,47 @@
+"""accuracy.sh, search.sh and seeds.sh with a `python` that only writes down what it is asked to do."""
+
+from stub_python import StubPython
+
+
+def test_accuracy_makes_a_table_of_each_method_and_keeps_recipes_apart(tmp_path):
+    accuracy = StubPython(tmp_path, "accuracy.sh")
+    done, calls = accuracy.run(SEEDS="1 2")
+    assert done.returncode == 0, done.stderr
+    trained = [call for call in calls if call.startswith("finetune.py")]
+    assert [call.split("--seed ")[1].split()[0] for call in trained] == ["1", "2", "1", "2"]
+    assert all("--last_code_weight 3 --swap_items 0.2" in call and "Toy/rqvae-seed" in call for call in trained[:2])
+    assert not any("swap_items" in call for call in trained[2:]) and all(
+        "Toy/flat-seed" in call for call in trained[2:]
+    )
+    tables = [call for call in calls if call.startswith("report.py")]
+    assert ["rqvae.table.md" in tables[0], "flat.table.md" in tables[1]] == [True, True] and len(tables) == 2
+    again, calls = accuracy.run(SEEDS="1 2")
+    assert again.returncode == 0 and not any("finetune.py" in call for call in calls)  # it is done
+    other, calls = accuracy.run(SEEDS="1", FINETUNE_FLAGS="--epochs 3")
+    assert other.returncode == 2 and "rqvae-seed1 was made of other data or settings" in other.stderr
+    trial, calls = accuracy.run(SEEDS="1", FINETUNE_FLAGS="--epochs 3", TRIAL="short", METHOD="rqvae")
+    assert trial.returncode == 0 and any(
+        "Toy/short-rqvae-seed1/model" in call and "--epochs 3" in call for call in calls
+    )
+
+
+def test_an_index_of_other_flags_has_a_name_of_its_own(tmp_path):
+    accuracy = StubPython(tmp_path, "accuracy.sh")
+    refused, calls = accuracy.run(INDEX_FLAGS="--preset paper")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and not calls
+    done, calls = accuracy.run(INDEX_FLAGS="--preset paper", METHOD="x", SEEDS="1")
+    assert done.returncode == 0 and any("index-x --preset paper" in call for call in calls), done.stderr
+
+
+def test_search_tests_each_model_on_both_sets_of_queries(tmp_path):
+    search = StubPython(tmp_path, "search.sh")
+    done, calls = search.run(SMOLLM2_STEPS="7", WORK=str(tmp_path / "work"))
+    assert done.returncode == 0, done.stderr
+    trained = [call for call in calls if call.startswith("finetune.py")]
+    assert len(trained) == 2 and "--epochs 5" in trained[0] and "--max_steps 7" in trained[1]
+    tables = [call for call in calls if call.startswith("benchmarks/search.py")]
+    for table, queries in zip(tables, ("plain", "hard"), strict=True):
+        assert "tiny, 5 epochs, query alone=" in table and "SmolLM2, 7 steps, query and history=" in table
+        assert table.count(f"/{queries}-") == 4
+    other, calls = search.run(EPOCHS="6", SMOLLM2_STEPS="0", WORK=str(tmp_path / "work"))
+    assert other.returncode == 0 and "tiny--6-epochs-seed42" in " ".join(calls)  # a folder of its own
