@@ -18,7 +18,6 @@ cd "$(dirname "$0")/.."
 source scripts/env.sh
 usage "$@"
 source scripts/recipes.sh
-setup_env requirements.txt
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 DATASET="${DATASET:-Office}"
 SOURCE="${SOURCE:-../shared/data/$DATASET}"
@@ -29,6 +28,7 @@ esac
 work="./ckpt/accuracy/$DATASET"
 stem="$work/$DATASET/$DATASET"
 made_of "$work" "$SOURCE" "$DATASET"
+setup_env requirements.txt
 mkdir -p "$work/$DATASET"
 for kind in inter item; do ln -sfn "$(realpath "$SOURCE/$DATASET.$kind.json")" "$stem.$kind.json"; done
 if [ ! -e "$stem.emb-minilm-td.npy" ]; then embed "$work" "$DATASET"; fi

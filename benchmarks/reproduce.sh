@@ -48,7 +48,6 @@ for row in $ROWS; do
   esac
 done
 
-setup_env requirements.txt
 source scripts/recipes.sh
 DATASET="${DATASET:-Office}"
 SOURCE="${SOURCE:-../shared/data/$DATASET}"
@@ -60,12 +59,13 @@ case "$JOBS" in "" | *[!0-9]* | 0*) echo "error: JOBS='$JOBS' must be a whole nu
 for name in SHARE EPOCHS USERS SEED; do
   case "${!name:-1}" in *[!0-9.]* | *.*.* | .) echo "error: $name='${!name}' must be a number" >&2; exit 2 ;; esac
 done
-part() { python -c 'import sys; number, least, share = map(float, sys.argv[1:]); print(round(max(least, number * share)))' "$1" "$2" "$SHARE"; }
-times() { python -c 'import sys; print(f"{float(sys.argv[1]) * float(sys.argv[2]):g}")' "$1" "$2"; }
-SHARE="$(times "$SHARE" 1)" EPOCHS="$(times "$EPOCHS" "$SHARE")"
 work="${WORK:-./ckpt/reproduce}/$DATASET"
 stem="$work/$DATASET/$DATASET"
 made_of "$work" "$SOURCE" "$DATASET" "${FINETUNE_FLAGS:-}"
+setup_env requirements.txt
+part() { python -c 'import sys; number, least, share = map(float, sys.argv[1:]); print(round(max(least, number * share)))' "$1" "$2" "$SHARE"; }
+product() { python -c 'import sys; print(f"{float(sys.argv[1]) * float(sys.argv[2]):g}")' "$1" "$2"; }
+SHARE="$(product "$SHARE" 1)" EPOCHS="$(product "$EPOCHS" "$SHARE")"
 USERS="$(part "${USERS:-$(python -c 'import json, sys; print(len(json.load(open(sys.argv[1]))))' "$SOURCE/$DATASET.inter.json")}" 10)"
 mkdir -p "$work/$DATASET"
 ln -sfn "$(realpath "$SOURCE/$DATASET.inter.json")" "$stem.inter.json"

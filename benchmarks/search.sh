@@ -14,7 +14,6 @@ cd "$(dirname "$0")/.."
 source scripts/env.sh
 usage "$@"
 source scripts/recipes.sh
-setup_env benchmarks/requirements.txt
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}"
 DATASET="${DATASET:-Office}"
 SOURCE="${SOURCE:-../shared/data/$DATASET}"
@@ -25,6 +24,7 @@ work="${WORK:-./ckpt/search}/$DATASET"
 full="$work/full" short="$work/short" hard="$work/hard"
 stem="$full/$DATASET/$DATASET"
 made_of "$work" "$SOURCE" "$DATASET"
+setup_env benchmarks/requirements.txt
 mkdir -p "$full/$DATASET"
 for kind in inter item; do ln -sfn "$(realpath "$SOURCE/$DATASET.$kind.json")" "$stem.$kind.json"; done
 if [ -e "$SOURCE/$DATASET.user.json" ]; then ln -sfn "$(realpath "$SOURCE/$DATASET.user.json")" "$stem.user.json"; fi

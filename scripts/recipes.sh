@@ -27,7 +27,7 @@ two_levels() {
 made_of() {
   local kind of
   for kind in inter item; do
-    [ -e "$2/$3.$kind.json" ] || { echo "error: $2/$3.$kind.json is missing (SOURCE, DATASET)" >&2; exit 2; }
+    [ -e "$2/$3.$kind.json" ] || { echo "error: $2/$3.$kind.json is missing; SOURCE and DATASET name your data (docs/formats.md; Office: docs/results.md)" >&2; exit 2; }
   done
   of="$(cat "$2/$3".{inter,item}.json | cksum) ${4:-}"
   if [ -e "$2/$3.user.json" ]; then of="$of, user texts $(cksum < "$2/$3.user.json")"; fi
