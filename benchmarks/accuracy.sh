@@ -7,12 +7,12 @@
 #   TRIAL=x METHOD=rqvae FINETUNE_FLAGS="--epochs 12 --eval_delay 10" bash benchmarks/accuracy.sh        another recipe, in folders of its own
 #   DATASET=Mine SOURCE=./data/Mine bash benchmarks/accuracy.sh
 #
-# SOURCE (../shared/data/Office) holds <DATASET>.inter.json and <DATASET>.item.json. RQ-VAE indices are learned from text and
-# behaviour (data_process/behaviour.py): two levels, about 6 items to each code. A LLaMA of 1 to 2 million parameters with
-# two layers learns whole histories without instructions and without an end token (config/short_prompts.json): every item of a
-# history is predicted once an epoch. Where items are rare a fifth of them is swapped for like ones (swap_share in
-# scripts/recipes.sh). The epoch is chosen by NDCG@10 on the validation targets; the test targets are used once.
-# The same command goes on where it was cut off. What was made by another recipe is kept, and refused: name a TRIAL.
+# SOURCE (../shared/data/Office, from the repository) holds <DATASET>.inter.json and <DATASET>.item.json. RQ-VAE indices are
+# learned from text and behaviour (data_process/behaviour.py): two levels, about 6 items to each code. A LLaMA of 1 to 2 million
+# parameters with two layers learns whole histories without instructions and without an end token (config/short_prompts.json):
+# every item of a history is predicted once an epoch. Where items are rare a fifth of them is swapped for like ones (swap_share in
+# scripts/recipes.sh). The epoch is chosen by NDCG@10 on the validation targets; the test targets are used once. The same command
+# goes on where it was cut off. What was made by another recipe is kept, and refused: name a TRIAL.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/env.sh

@@ -8,7 +8,7 @@
 # models descriptions end after 240 characters). Unless the dataset brings its own user texts, the queries are made by rule from the
 # item's own description, brand and title words (data_process/user_texts.py), which is what BM25 looks for; the second table has
 # harder ones, without any word of the title (benchmarks/hard_queries.py).
-# Settings: EPOCHS 5 | SMOLLM2_STEPS 0 | SEED 42 | DATASET Office | SOURCE ../shared/data/$DATASET | WORK ./ckpt/search
+# Settings (paths count from the repository): EPOCHS 5 | SMOLLM2_STEPS 0 | SEED 42 | DATASET Office | SOURCE ../shared/data/$DATASET | WORK ./ckpt/search
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/env.sh

@@ -1,4 +1,4 @@
-"""Item search beside its references, harder queries, shorter texts, and the table of task rows."""
+"""Item search beside its references, harder queries, shorter texts, and the recipes' helpers."""
 
 from __future__ import annotations
 
