@@ -2,7 +2,7 @@
 # Item search on Amazon Office: a model that finds an item by a query, beside BM25 and nearest MiniLM embeddings, in two tables.
 #
 #   bash benchmarks/search.sh                               the tiny LLaMA, minutes on two CPU cores
-#   SMOLLM2_STEPS=400 bash benchmarks/search.sh             and SmolLM2-135M, so many steps of 16 samples (about 7 s each)
+#   SMOLLM2_STEPS=400 bash benchmarks/search.sh             and SmolLM2-135M, so many steps of 16 samples (about 4 s each on one core)
 #
 # Models learn itemsearch and item2index, so they see the titles and descriptions that the references search (these uncut; for the
 # models descriptions end after 240 characters). Unless the dataset brings its own user texts, the queries are made by rule from the
