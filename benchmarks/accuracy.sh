@@ -56,7 +56,7 @@ one() {
   local form=(--data_path "$work" --dataset "$DATASET" --index_file ".$1.json" --prompt_file config/short_prompts.json --his_sep= --no_eos)
   if [ "$1" = flat ]; then recipe="--epochs 12 --eval_delay 9 --learning_rate 2e-3 --dropout 0.3"; fi
   recipe="$recipe ${FINETUNE_FLAGS:-}"
-  made_of "$run" "$SOURCE" "$DATASET" "$recipe"
+  made_of "$run" "$SOURCE" "$DATASET" "$recipe${INDEX_FLAGS:+, index $INDEX_FLAGS}"
   if [ ! -e "$run/base/config.json" ]; then
     python data_process/base_model.py tiny --data_path "$work" --dataset "$DATASET" --target "$run/base" --layers 2 --seed "$2"
   fi

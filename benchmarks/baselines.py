@@ -34,7 +34,9 @@ def recbole_python() -> Path:
         UserError: a package could not be installed, or Python is too new for it.
     """
     if sys.version_info >= (3, 13):
-        raise UserError("RecBole 1.2.1 needs Python 3.11 or 3.12 (numpy 1.26)")
+        raise UserError(
+            "RecBole 1.2.1 needs Python 3.11 or 3.12 (numpy 1.26); leave the baselines out (compare.py --models, BASELINES=)"
+        )
     ours = Path(str(importlib.util.find_spec("torch").origin)).parent.parent
     mark = hashlib.sha256(f"{REQUIREMENTS.read_text()}\0{ours}\0{sys.version}".encode()).hexdigest()[:8]
     folder = cache_folder() / f"recbole-env-{mark}"

@@ -56,13 +56,16 @@ SHARE="${SHARE:-1}"
 EPOCHS="${EPOCHS:-5}"
 JOBS="${JOBS:-2}"
 case "$JOBS" in "" | *[!0-9]* | 0*) echo "error: JOBS='$JOBS' must be a whole number from 1" >&2; exit 2 ;; esac
-for name in SHARE EPOCHS USERS SEED; do
+case "$SEED" in *[!0-9]* | 0?*) echo "error: SEED='$SEED' must be a whole number" >&2; exit 2 ;; esac
+for name in SHARE EPOCHS USERS; do
   case "${!name:-1}" in *[!0-9.]* | *.*.* | .) echo "error: $name='${!name}' must be a number" >&2; exit 2 ;; esac
 done
 work="${WORK:-./ckpt/reproduce}/$DATASET"
 stem="$work/$DATASET/$DATASET"
 made_of "$work" "$SOURCE" "$DATASET" "${FINETUNE_FLAGS:-}"
 setup_env requirements.txt
+# RecBole's environment now: it needs the network, and hours later would be late to say so
+if [ -n "${BASELINES-SASRec}" ]; then python benchmarks/baselines.py; fi
 part() { python -c 'import sys; number, least, share = map(float, sys.argv[1:]); print(round(max(least, number * share)))' "$1" "$2" "$SHARE"; }
 product() { python -c 'import sys; print(f"{float(sys.argv[1]) * float(sys.argv[2]):g}")' "$1" "$2"; }
 SHARE="$(product "$SHARE" 1)" EPOCHS="$(product "$EPOCHS" "$SHARE")"
@@ -123,17 +126,14 @@ for row in $ROWS; do
   if [ ! -e "$base/config.json" ]; then python data_process/base_model.py smollm2 --target "$base" --seed "$SEED" $random; fi
 done
 
-# RecBole's environment now: it needs the network, and hours later would be late to say so
-if [ -n "${BASELINES-SASRec}" ]; then python benchmarks/baselines.py; fi
-
 # JOBS rows at a time; what they print goes to $runs/logs
 pids=() failed=0
 stop() {
-  trap '' INT TERM HUP
+  trap '' INT TERM HUP QUIT
   for pid in ${pids[@]+"${pids[@]}"}; do kill -- "-$pid" 2> /dev/null || true; done
   exit 130
 }
-trap stop INT TERM HUP
+trap stop INT TERM HUP QUIT
 threads="${OMP_NUM_THREADS:-$(($(nproc) > JOBS ? $(nproc) / JOBS : 1))}"
 mkdir -p "$runs/logs"
 for row in $ROWS; do
@@ -147,7 +147,7 @@ for row in $ROWS; do
     status=$?
     if [ "$status" != 0 ]; then echo "error: $row failed; the end of $log:" >&2; tail -n 3 "$log" >&2; fi
     exit "$status"
-  } &
+  } < /dev/null &
   pids+=($!)
   set +m
 done
@@ -158,4 +158,5 @@ for row in $ROWS; do results+=("$row=$runs/$row/result-$USERS.json"); done
 echo "$DATASET, one epoch of the row's language tasks, then $EPOCHS of histories; $USERS test users:"
 # shellcheck disable=SC2086
 python benchmarks/compare.py --data_path "$work" --dataset "$DATASET" --models ${BASELINES-SASRec} --seeds "$SEED" \
-  --work "$work/compare" --results "${results[@]}" | tee "$runs/table.md"
+  --work "$work/compare" --results "${results[@]}"
+cp "$work/compare/$DATASET/compare.md" "$runs/table.md"

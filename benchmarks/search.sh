@@ -20,6 +20,9 @@ SOURCE="${SOURCE:-../shared/data/$DATASET}"
 SEED="${SEED:-42}"
 EPOCHS="${EPOCHS:-5}"
 SMOLLM2_STEPS="${SMOLLM2_STEPS:-0}"
+for name in EPOCHS SMOLLM2_STEPS SEED; do
+  case "${!name}" in "" | *[!0-9]*) echo "error: $name='${!name}' must be a whole number" >&2; exit 2 ;; esac
+done
 work="${WORK:-./ckpt/search}/$DATASET"
 full="$work/full" short="$work/short" hard="$work/hard"
 stem="$full/$DATASET/$DATASET"
@@ -47,7 +50,7 @@ plain=() harder=()
 model() {
   local name="$1" base="$2" run="$work/${1//[, ]/-}-seed$SEED"
   shift 2
-  made_of "$run" "$SOURCE" "$DATASET" "$*"
+  made_of "$run" "$SOURCE" "$DATASET" "${*//$work\//}"
   if [ ! -e "$run/model/config.json" ]; then
     python finetune.py --base_model "$base" --output_dir "$run/model" --resume_from_checkpoint auto --seed "$SEED" \
       --data_path "$short" --dataset "$DATASET" --deepspeed none --packing --no-gradient_checkpointing \

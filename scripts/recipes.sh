@@ -32,7 +32,10 @@ made_of() {
   of="$(cat "$2/$3".{inter,item}.json | cksum) ${4:-}"
   if [ -e "$2/$3.user.json" ]; then of="$of, user texts $(cksum < "$2/$3.user.json")"; fi
   mkdir -p "$1"
-  if [ ! -e "$1/made-of.txt" ]; then
+  if [ ! -e "$1/made-of.txt" ] && [ -e "$1/model" ]; then
+    echo "error: $1 was made without a record of its data and settings; remove it or name another" >&2
+    exit 2
+  elif [ ! -e "$1/made-of.txt" ]; then
     echo "$of" > "$1/made-of.txt"
   elif [ "$(cat "$1/made-of.txt")" != "$of" ]; then
     echo "error: $1 was made of other data or settings ($1/made-of.txt, now: $of); remove it or name another" >&2

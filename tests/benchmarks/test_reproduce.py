@@ -1,9 +1,10 @@
 """benchmarks/reproduce.sh with a `python` that only writes down what it is asked to do."""
 
-import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from stub_python import StubPython
@@ -65,7 +66,8 @@ def test_an_unknown_row_is_one_line(reproduce, row):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"SHARE": "abc"}, {"EPOCHS": "5; x"}, {"USERS": "1.2.3"}, {"SHARE": "-1"}, {"JOBS": "0"}]
+    "settings",
+    [{"SHARE": "abc"}, {"EPOCHS": "5; x"}, {"USERS": "1.2.3"}, {"SHARE": "-1"}, {"JOBS": "0"}, {"SEED": "1.5"}],
 )
 def test_a_setting_that_is_no_number_is_one_line(reproduce, settings):
     done, calls = reproduce("SEQ", **settings)
@@ -81,18 +83,28 @@ def test_a_share_of_one_is_the_whole_and_other_words_are_refused(reproduce, tmp_
         assert asked.returncode == status and word in asked.stdout + asked.stderr
 
 
+def eventually(true: Callable[[], object]) -> bool:
+    """Whether it becomes true within a minute."""
+    return any(true() or time.sleep(0.1) for _ in range(600))
+
+
+def running(process: int) -> bool:
+    """Whether it is there, and no zombie that nobody has asked for."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def test_stopping_the_script_stops_its_rows(tmp_path):
     sleeper, stub = tmp_path / "sleeper", StubPython(tmp_path, "reproduce.sh")
     environment = stub.environment(ROWS="SEQ +MUT", SLEEPS=str(sleeper), JOBS="1")
     script = subprocess.Popen(stub.command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    for _ in range(300):
-        time.sleep(0.1)
-        if sleeper.exists() and sleeper.read_text():
-            break
-    script.send_signal(signal.SIGTERM)
-    script.communicate(timeout=30)
+    try:
+        assert eventually(lambda: sleeper.exists() and sleeper.read_text())
+        script.send_signal(signal.SIGTERM)
+        script.communicate(timeout=60)
+    finally:
+        script.kill()
     assert script.returncode == 130
-    with pytest.raises(ProcessLookupError):
-        for _ in range(100):
-            os.kill(int(sleeper.read_text()), 0)
-            time.sleep(0.1)
+    assert eventually(lambda: not running(int(sleeper.read_text())))
