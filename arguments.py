@@ -164,6 +164,13 @@ TRAIN = (
         "weight of the tokens of an index's last level in the training loss, beside 1 of all others",
         real(0, below=1e6, above_low=True),
     ),
+    Flag(
+        "unlikelihood",
+        0.0,
+        "weight of a second term in the training loss, against items that stand in the sample already; for data in which "
+        "nobody takes an item twice",
+        real(0, below=1e6),
+    ),
     Flag("optim", "adamw_torch", "a transformers optimiser name (adamw_torch, adamw_bnb_8bit, …)"),
     Flag("epochs", 4, "passes over the training samples", real(0, below=1e6, above_low=True)),
     Flag("learning_rate", 2e-5, "peak learning rate", real(0, below=1e12, above_low=True)),

@@ -43,6 +43,7 @@ from resume import find_resume
 from run_folder import FINAL, LOG, PREPARED, RECORD, TENSORBOARD, RunFolder, RunRecord, model_fingerprint
 from samples import TaskValidSet, TrainSet, ValidSet, check_lengths
 from tasks import TASKS
+from tokenising import item_token_ids
 from training_settings import (
     check_choices,
     check_optimizer,
@@ -335,6 +336,7 @@ def make_trainer(run: Run) -> Any:
 
     from callbacks import Bar, Epochs, Replacing, RunLog
     from training import RecTrainer, checkpoint_bytes, code_weights
+    from unlikelihood import Unlikelihood
     from valid_ranking import Ranking
 
     check_space(run.folder.path, 2 * checkpoint_bytes(run.model), "a checkpoint and the final model need")
@@ -353,6 +355,9 @@ def make_trainer(run: Run) -> Any:
         run.tokenizer, args.model_max_length, args.only_train_response, args.packing, tasks, args.no_eos
     )
     check_lengths(run.train_set, run.valid_set, collator)
+    unlikelihood = None
+    if args.unlikelihood:
+        unlikelihood = Unlikelihood(item_token_ids(run.tokenizer, run.data), args.unlikelihood)
     trainer = RecTrainer(
         model=run.model,
         args=run.training,
@@ -361,6 +366,7 @@ def make_trainer(run: Run) -> Any:
         ranking=ranking,
         loss_average=args.loss_average,
         weights=code_weights(run.data.indices, run.tokenizer, args.last_code_weight),
+        unlikelihood=unlikelihood,
         train_dataset=run.train_set,
         eval_dataset=run.valid_set,
         data_collator=collator,

@@ -27,6 +27,7 @@ from packing import LabelledHead
 from processes import barrier, sum_over_processes
 from resume import unfit_is_said
 from run_folder import RunFolder
+from unlikelihood import Unlikelihood
 from utils import UserError, checkpoints, is_main, rank, world_size
 
 
@@ -40,6 +41,7 @@ class RecTrainer(Trainer):
         beside_checkpoint: writes to the folder that it is given what belongs beside a checkpoint's weights.
         loss_average: "batch" or "token", what the loss of an optimiser's step is (`compute_loss`).
         weights: of each token id in the training loss, float `(vocabulary,)`; all alike if absent.
+        unlikelihood: a second term of the training loss.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class RecTrainer(Trainer):
         beside_checkpoint: Callable[[Path], None] | None = None,
         loss_average: str = "batch",
         weights: Tensor | None = None,
+        unlikelihood: Unlikelihood | None = None,
         **more: Any,
     ):
         if more["data_collator"].packing and 1 < world_size() <= MOST_DEALT:
@@ -58,7 +61,7 @@ class RecTrainer(Trainer):
         super().__init__(*args, **more)
         self.beside_checkpoint, self.resumed = beside_checkpoint, Path(self.args.output_dir)
         self.tasks, self.task_set, self.ranking = tasks, task_set, ranking
-        self.weights = weights
+        self.weights, self.unlikelihood = weights, unlikelihood
         self.model_accepts_loss_kwargs = loss_average == "token"  # then compute_loss is told the step's labelled tokens
         self.args.logging_nan_inf_filter = False  # it would hide what `_get_grad_norm` looks for
         self.head = LabelledHead(self.accelerator.unwrap_model(self.model))
@@ -133,8 +136,8 @@ class RecTrainer(Trainer):
 
     # ---- loss ----
 
-    def token_losses(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Cross-entropy (float32) of every labelled token of a batch, and its task's number, both `(labelled,)`.
+    def token_losses(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Cross-entropy (float32) of every labelled token of a batch, its task's number, both `(labelled,)`, and its logits.
 
         The vocabulary projection is computed at those positions only.
         """
@@ -146,7 +149,8 @@ class RecTrainer(Trainer):
             logits = model(**batch, use_cache=False).logits[0]
         keep = keep[:, :-1]
         targets = labels[:, 1:][keep]
-        return F.cross_entropy(logits[: len(targets)].float(), targets, reduction="none"), tasks[:, 1:][keep]
+        logits = logits[: len(targets)].float()
+        return F.cross_entropy(logits, targets, reduction="none"), tasks[:, 1:][keep], logits
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -156,12 +160,15 @@ class RecTrainer(Trainer):
         `batch`: the mean over the micro-batch's own labelled tokens, 0 without any. The `Trainer` divides it by the number of
         accumulated micro-batches, and the processes' gradients are averaged: a plain mean of means.
         `token`: the mean over all labelled tokens of the step, on all processes and accumulated micro-batches.
+        With `unlikelihood` a token's loss is cross-entropy and that term.
         With `weights` the means are weighted ones; under `token`, whose step is not known at once, a token's loss counts by its
         weight over the mean weight of its micro-batch.
         """
         drawn_for = inputs.pop("drawn_for", None)
-        losses, tasks = self.token_losses(model, inputs)
+        losses, tasks, logits = self.token_losses(model, inputs)
         self._count(inputs, losses.detach(), tasks)
+        if self.unlikelihood is not None:
+            losses = losses + self.unlikelihood(inputs, logits, losses)
         keep = inputs["labels"][:, 1:] != IGNORE
         shares = torch.ones_like(losses)
         if self.weights is not None:
@@ -235,7 +242,7 @@ class RecTrainer(Trainer):
         for start in range(rank(), len(dataset) + rank(), size * world_size()):
             numbers = range(start, len(dataset), world_size())[:size]
             batch = self._prepare_inputs(self.data_collator([dataset[i] for i in numbers] or [dataset[0]]))
-            losses, tasks = self.token_losses(model, batch)
+            losses, tasks, _ = self.token_losses(model, batch)
             if numbers:
                 sums[:, 0].index_add_(0, tasks, losses.double())
                 sums[:, 1] += torch.bincount(tasks, minlength=len(self.tasks))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,17 @@ def flags(folder: Path, accumulation: int, *more: str) -> list[str]:
 
 
 def loss_by_hand(
-    model: Any, tokenizer: Any, processes: list[Batches], average: str, weights: torch.Tensor | None = None
+    model: Any,
+    tokenizer: Any,
+    processes: list[Batches],
+    average: str,
+    weights: torch.Tensor | None = None,
+    term: Callable | None = None,
 ) -> torch.Tensor:
-    """The loss of one step from the micro-batches of each process; a batch's mean by the weights of token ids, if given."""
+    """The loss of one step from the micro-batches of each process; a batch's mean by the weights of token ids, if given.
+
+    `term(ids, length of the prompt, logits)` joins the loss of each labelled token.
+    """
     means, total, count = [], 0.0, 0
     for batch in (batch for batches in processes for batch in batches):
         losses, shares = [], []
@@ -49,6 +58,8 @@ def loss_by_hand(
             whole = tokenizer(prompt + response)["input_ids"] + [tokenizer.eos_token_id]
             logits = model(torch.tensor([whole]), use_cache=False).logits[0, shown - 1 : -1]
             losses.append(F.cross_entropy(logits, torch.tensor(whole[shown:]), reduction="none"))
+            if term is not None:
+                losses[-1] = losses[-1] + term(whole, shown, logits)
             shares.append(torch.ones(len(losses[-1])) if weights is None else weights[whole[shown:]])
         share = torch.cat(shares)
         means.append(torch.cat(losses) @ share / share.sum())
@@ -74,6 +85,7 @@ def train_by_hand(
     accumulation: int,
     average: str,
     weights: torch.Tensor | None = None,
+    term: Callable | None = None,
 ) -> list[tuple[float, float]]:
     """Change `model` as training does; loss and gradient norm of each step. An epoch's last step has what is left of it."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -82,7 +94,7 @@ def train_by_hand(
     for begin in (0, epoch):
         for start in range(begin, begin + epoch, accumulation):
             step = [batches[start : min(start + accumulation, begin + epoch)] for batches in processes]
-            loss = loss_by_hand(model, tokenizer, step, average, weights)
+            loss = loss_by_hand(model, tokenizer, step, average, weights, term)
             gradients = torch.autograd.grad(loss, parameters)
             norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
             with torch.no_grad():
