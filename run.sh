@@ -125,6 +125,7 @@ stage_finetune() {
   if begin finetune "$trained" "$stem.index.json"; then
     if [ "${FORCE:-0}" = 1 ]; then more=--overwrite_output_dir
     elif compgen -G "$OUTPUT_DIR/checkpoint-*" > /dev/null; then more="--resume_from_checkpoint auto"; fi
+    FINETUNE_RECIPE="${FINETUNE_RECIPE//NO_REPEATS/$(unlikelihood "$stem.inter.json")}"
     # shellcheck disable=SC2086
     torchrun --nproc_per_node="$NPROC" --master_port="$PORT" finetune.py --base_model "$BASE" --output_dir "$OUTPUT_DIR" \
       --dataset "$DATASET" --data_path "$DATA_PATH" --seed "$SEED" --deepspeed "$DEEPSPEED" --bf16 --index_file .index.json \

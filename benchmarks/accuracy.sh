@@ -34,7 +34,7 @@ for kind in inter item; do ln -sfn "$(realpath "$SOURCE/$DATASET.$kind.json")" "
 if [ ! -e "$stem.emb-minilm-td.npy" ]; then embed "$work" "$DATASET"; fi
 if [ ! -e "$stem.emb-behaviour.npy" ]; then behaviour "$work" "$DATASET"; fi
 
-swap="$(swap_share "$stem.inter.json" "$stem.item.json")"
+swap="$(swap_share "$stem.inter.json" "$stem.item.json")" unlikely="$(unlikelihood "$stem.inter.json")"
 
 # make_index METHOD
 make_index() {
@@ -52,7 +52,7 @@ make_index() {
 
 # one METHOD SEED: fine-tune and test, if that is not done
 one() {
-  local run="$work/${TRIAL:+$TRIAL-}$1-seed$2" recipe="--epochs 16 --eval_delay 14 --learning_rate 3e-3 --dropout 0.2 --last_code_weight 3 --swap_items $swap"
+  local run="$work/${TRIAL:+$TRIAL-}$1-seed$2" recipe="--epochs 16 --eval_delay 14 --learning_rate 3e-3 --dropout 0.2 --last_code_weight 3 --swap_items $swap --unlikelihood $unlikely"
   local form=(--data_path "$work" --dataset "$DATASET" --index_file ".$1.json" --prompt_file config/short_prompts.json --his_sep= --no_eos)
   if [ "$1" = flat ]; then recipe="--epochs 12 --eval_delay 9 --learning_rate 2e-3 --dropout 0.3"; fi
   recipe="$recipe ${FINETUNE_FLAGS:-}"

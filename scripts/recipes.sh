@@ -57,8 +57,16 @@ inters, items = (json.load(open(path, encoding="utf-8")) for path in sys.argv[1:
 print(0.2 if sum(len(history) - 2 for history in inters.values()) < 16 * len(items) else 0)' "$1" "$2"
 }
 
+# unlikelihood INTER_FILE: for --unlikelihood: 3 where training parts hardly ever have an item twice (under 1 % of interactions), else 0.
+unlikelihood() {
+  python -c '
+import json, sys
+parts = [history[:-2] for history in json.load(open(sys.argv[1], encoding="utf-8")).values()]
+print(3 if sum(len(part) - len(set(part)) for part in parts) < 0.01 * max(1, sum(map(len, parts))) else 0)' "$1"
+}
+
 # recipe DATASET BASE_MODEL GPUS: sets NPROC, TEST_NPROC, INDEX_, BASE_, FINETUNE_ and TEST_RECIPE, and BEHAVIOUR (1: indices
-# of text and behaviour). Needs stem. CODES in INDEX_RECIPE stands for what codes_of gives.
+# of text and behaviour). Needs stem. CODES in INDEX_RECIPE stands for what codes_of gives, NO_REPEATS for what unlikelihood gives.
 # Fine-tuning: the paper's for Games, Arts, Instruments and whenever a base model is named; else that of a tiny model. Indices:
 # the paper's for its three datasets, of the same size but by the fast preset for others.
 recipe() {
@@ -90,7 +98,7 @@ recipe() {
   INDEX_RECIPE="--preset fast --num_emb_list CODES CODES --sk_epsilons 0 0.003 --layers 512 256 128"
   BASE_RECIPE="--hidden_size 128 --layers 2 --heads 4 --vocab_size 2000"
   FINETUNE_RECIPE="--per_device_batch_size $((NPROC == 1 ? 64 : 32)) --gradient_accumulation_steps 1 --learning_rate 3e-3 --epochs 8
-    --weight_decay 0.01 --warmup_ratio 0.05 --dropout 0.2 --last_code_weight 3 --logging_step 100
+    --weight_decay 0.01 --warmup_ratio 0.05 --dropout 0.2 --last_code_weight 3 --unlikelihood NO_REPEATS --logging_step 100
     --no-gradient_checkpointing --packing
     --prompt_file config/short_prompts.json --his_sep= --max_his_len 50 --no_eos --init_item_tokens $stem.emb-$start.npy
     --tasks seqrec,item2index,index2item,fusionseqrec,itemsearch,preferenceobtain --history_windows --valid_prompt_sample_num 1
