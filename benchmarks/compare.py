@@ -9,11 +9,12 @@ BERT4Rec two layers, GRU4Rec one of 128), cross-entropy over all items, Adam, an
 on the validation targets. The setting with the best validation NDCG@10 of this grid is tested, with every seed:
 {grid}
 `--results` adds lists that test.py wrote (several files of one name: seeds), and a table of differences with 95 % intervals by a
-paired bootstrap over the users that both have: from each baseline, and from the first NAME. The last table tells what models are
-good at: HR@10 / NDCG@10 by how often the target came right after the history's last item in training. All figures come from lists
-of 20 items by metrics/ranking.py. Popularity counts the training parts. What is trained lies in `<work>/<dataset>/<model>/` with
-settings, log and lists; the same command goes on from the last model that was finished. Writes `<work>/<dataset>/compare.md` and
-`compare.json`. `--references F` puts the baselines' rows into F for report.py. `--models` without a name trains nothing.
+paired bootstrap over the users that both have: from each baseline, and from the first NAME. Two more tables tell what models are
+good at: HR@10 / NDCG@10 by how often the target came right after the history's last item in training, and with what the user has
+met before struck from the lists. All figures come from lists of 20 items by metrics/ranking.py. Popularity counts the training
+parts. What is trained lies in `<work>/<dataset>/<model>/` with settings, log and lists; the same command goes on from the last
+model that was finished. Writes `<work>/<dataset>/compare.md` and `compare.json`. `--references F` puts the baselines' rows into F
+for report.py. `--models` without a name trains nothing.
 """
 
 from __future__ import annotations
@@ -76,12 +77,14 @@ class Row:
         ranks: of the test split.
         seeds: the same for each seed, where there are several.
         trained, parameters: what its training took, and its size, as text.
+        files: its lists.
     """
 
     ranks: Ranks
     seeds: dict[str, Ranks] = field(default_factory=dict)
     trained: str = "–"
     parameters: str = "–"
+    files: list[Path] = field(default_factory=list)
 
 
 def point_text(point: Point) -> str:
@@ -238,7 +241,9 @@ class Tuning:
         ranks = {f"seed {seed}": self.ranks(folder, "test") for seed, (folder, _) in runs.items()}
         seconds = statistics.mean(trained["seconds"] for _, trained in runs.values())
         parameters = next(iter(runs.values()))[1]["parameters"]
-        return Row(joined(list(ranks.values())), ranks if len(seeds) > 1 else {}, clock(seconds), f"{parameters:,}")
+        files = [folder / "test.predictions.jsonl" for folder, _ in runs.values()]
+        seconds_text, size = clock(seconds), f"{parameters:,}"
+        return Row(joined(list(ranks.values())), ranks if len(seeds) > 1 else {}, seconds_text, size, files)
 
 
 def our_rows(named: list[str], data: RecData, max_his_len: int | None) -> tuple[dict[str, Row], int]:
@@ -263,8 +268,10 @@ def our_rows(named: list[str], data: RecData, max_his_len: int | None) -> tuple[
                 raise UserError(
                     f"{path}: histories of {used} items; give --max_his_len {used}, so that all see the same"
                 )
-        runs = {str(path): user_ranks(predictions_of(path), targets) for path in paths}
-        rows[name] = Row(joined(list(runs.values())), runs if len(runs) > 1 else {}, *checkpoint_facts(paths[0]))
+        lists = [predictions_of(path) for path in paths]
+        runs = {str(path): user_ranks(file, targets) for path, file in zip(paths, lists, strict=True)}
+        seeds = runs if len(runs) > 1 else {}
+        rows[name] = Row(joined(list(runs.values())), seeds, *checkpoint_facts(paths[0]), lists)
     return rows, USUAL_LENGTH if max_his_len is None else max_his_len
 
 
@@ -327,6 +334,22 @@ def followed_table(rows: dict[str, Row], data: RecData) -> str:
     for name, row in rows.items():
         found = [user_values(row.ranks, users) for users in groups.values()]
         table.append([name, *(f"{each['hit@10'].mean():.4f} / {each['ndcg@10'].mean():.4f}" for each in found)])
+    return markdown(table)
+
+
+def seen_table(rows: dict[str, Row], data: RecData) -> str:
+    """How many of the ten best of a row's lists the user has met before, and HR@10 / NDCG@10 of all its lists without these."""
+    past = {user: set(items[:-1]) for user, items in data.inters.items()}
+    table = [["", "met before, of the ten best", "HR@10 / NDCG@10 without what was met before"]]
+    for name, row in rows.items():
+        met, ranks = [], []
+        for record in (record for file in row.files for record in read_predictions(file)):
+            items, seen = record["items"], past[record["user"]]
+            met.append(sum(item in seen for item in items[:10]) / 10)
+            ranks.append(rank_of(record["target"], [item for item in items if item not in seen]))
+        if ranks:
+            figures = {key: each.mean() for key, each in values(np.array([ranks]), METRIC_NAMES).items()}
+            table.append([name, f"{np.mean(met):.1%}", f"{figures['hit@10']:.4f} / {figures['ndcg@10']:.4f}"])
     return markdown(table)
 
 
@@ -401,7 +424,7 @@ def main(argv: list[str] | None = None) -> None:
     same = {f"{name}, the users of all": Row({user: row.ranks[user] for user in users}) for name, row in fewer.items()}
     tables = [result_table(rows | ours | same, len(data.inters))]
     tables += [difference_table(ours, rows)] if ours else []
-    tables += [followed_table(rows | ours, data)]
+    tables += [followed_table(rows | ours, data), seen_table(rows | ours, data)]
     seeds = " ".join(map(str, options.seeds))
     text = "\n\n".join([*tables, notes(data, grids, chosen, seeds)]) + "\n"
     with atomic_path(folder / "compare.md") as path:

@@ -128,6 +128,30 @@ def test_users_are_told_apart_by_what_followed_what_in_training():
     ]
 
 
+def test_what_was_met_before_is_struck_from_the_lists(tmp_path):
+    inters = {"0": [0, 1, 2], "1": [3, 4, 0]}
+    data = RecData("Toy", Path(), inters, ["t"] * 5, [""] * 5, [], None)
+    lists = [("0", 2, [0, 1, 3, 2]), ("1", 0, [4, 2, 1])]
+    lines = [
+        json.dumps(
+            {
+                "prompt_id": 0,
+                "sample": int(user),
+                "user": user,
+                "target": target,
+                "items": items,
+                "scores": [0] * len(items),
+            }
+        )
+        for user, target, items in lists
+    ]
+    (tmp_path / "r.jsonl").write_text("\n".join(lines))
+    text = compare.seen_table(
+        {"popularity": compare.Row({}), "ours": compare.Row({}, files=[tmp_path / "r.jsonl"])}, data
+    )
+    assert text.splitlines()[-1] == "| ours | 15.0% | 0.5000 / 0.3155 |" and "popularity" not in text
+
+
 def test_the_time_of_a_training_that_went_on_is_that_of_all_its_parts(tmp_path):
     write_json(tmp_path / "r.json", {"config": {"arguments": {"ckpt_path": str(tmp_path)}}})
     assert compare.checkpoint_facts(tmp_path / "r.json") == ("–", "–")

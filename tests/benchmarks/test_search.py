@@ -121,6 +121,15 @@ def test_items_are_swapped_where_they_are_rare(tmp_path, length, share):
     assert subprocess.check_output(["bash", "-c", command, "_", tmp_path], cwd=ROOT, text=True).strip() == share
 
 
+@pytest.mark.parametrize(("again", "weight"), [(1, "0"), (0, "3")])
+def test_items_are_unlikely_where_nobody_takes_one_twice(tmp_path, again, weight):
+    """Under 1 in 100 interactions of the training parts; the last two of a history may be repeats."""
+    history = [*range(99 - again), *[0] * again, 1, 1]
+    (tmp_path / "inter.json").write_text(json.dumps({"0": history, "1": [0, 0]}))
+    command = 'source scripts/recipes.sh; unlikelihood "$1/inter.json"'
+    assert subprocess.check_output(["bash", "-c", command, "_", tmp_path], cwd=ROOT, text=True).strip() == weight
+
+
 def test_a_folder_made_of_other_data_is_not_gone_on_with(tmp_path):
     write_drawn_dataset(tmp_path)
 
