@@ -242,7 +242,7 @@ class RecTrainer(Trainer):
         for start in range(rank(), len(dataset) + rank(), size * world_size()):
             numbers = range(start, len(dataset), world_size())[:size]
             batch = self._prepare_inputs(self.data_collator([dataset[i] for i in numbers] or [dataset[0]]))
-            losses, tasks, _ = self.token_losses(model, batch)
+            losses, tasks = self.token_losses(model, batch)[:2]  # the logits are not kept
             if numbers:
                 sums[:, 0].index_add_(0, tasks, losses.double())
                 sums[:, 1] += torch.bincount(tasks, minlength=len(self.tasks))

@@ -47,9 +47,13 @@ class Unlikelihood:
         place, code = self.seen_codes(ids, batch.get("packed_lengths")).T
         known = labelled.flatten()[place]
         row, target, code = row[place[known]], ids.flatten()[place[known]], code[known]
-        whole = logits[row, target].float() + losses[row]  # log of the softmax's denominator
-        mass = torch.zeros_like(losses).index_add(0, row, (logits[row, code].float() - whole).exp())
-        return -self.weight * torch.log1p(-mass.clamp(max=1 - 1e-6))
+        read = logits[torch.cat([row, row]), torch.cat([target, code])].float()  # at once: one gradient of that size
+        own, other = read.chunk(2)
+        whole = own + losses[row]  # log of the softmax's denominator
+        mass = torch.zeros_like(losses).index_add(0, row, (other - whole).exp())
+        return -self.weight * torch.log1p(
+            -(mass * (1 - 1e-5)).clamp(max=1 - 1e-6)
+        )  # finite and with a gradient at p = 1
 
     def seen_codes(self, ids: Tensor, packed_lengths: list[int] | None = None) -> Tensor:
         """Which code would complete an earlier item of the sample, and where: int64 (pairs, 2), each pair once.
@@ -69,7 +73,17 @@ class Unlikelihood:
             before = ends[:, None] + torch.arange(1 - length, 0, device=ids.device)
             prefix = torch.cat([sample[ends, None], ids[before]], dim=1)
             kind = torch.unique(prefix, dim=0, return_inverse=True)[1]
-            later, earlier = (kind[:, None] == kind).tril(-1).nonzero(as_tuple=True)
+            later, earlier = earlier_alike(kind)
             pairs = torch.stack([ends[later], ids[ends[earlier]]], dim=1)
             found.append(pairs[pairs[:, 1] != ids[pairs[:, 0]]])
         return torch.unique(torch.cat(found), dim=0)
+
+
+def earlier_alike(kinds: Tensor) -> tuple[Tensor, Tensor]:
+    """All pairs of places, the later and the earlier one, with the same of `kinds` (int64 from 0), as two int64 (pairs,)."""
+    order = kinds.argsort(stable=True)
+    sizes = torch.bincount(kinds)
+    first = (sizes.cumsum(0) - sizes)[kinds[order]]
+    number = torch.arange(len(order), device=kinds.device) - first  # of those alike before it
+    which = torch.arange(int(number.sum()), device=kinds.device) - (number.cumsum(0) - number).repeat_interleave(number)
+    return order.repeat_interleave(number), order[first.repeat_interleave(number) + which]

@@ -34,7 +34,8 @@ for kind in inter item; do ln -sfn "$(realpath "$SOURCE/$DATASET.$kind.json")" "
 if [ ! -e "$stem.emb-minilm-td.npy" ]; then embed "$work" "$DATASET"; fi
 if [ ! -e "$stem.emb-behaviour.npy" ]; then behaviour "$work" "$DATASET"; fi
 
-swap="$(swap_share "$stem.inter.json" "$stem.item.json")" unlikely="$(unlikelihood "$stem.inter.json")"
+swap="$(swap_share "$stem.inter.json" "$stem.item.json")"
+unlikely="$(unlikelihood "$stem.inter.json")"
 
 # make_index METHOD
 make_index() {

@@ -345,7 +345,7 @@ def seen_table(rows: dict[str, Row], data: RecData) -> str:
         met, ranks = [], []
         for record in (record for file in row.files for record in read_predictions(file)):
             items, seen = record["items"], past[record["user"]]
-            met.append(sum(item in seen for item in items[:10]) / 10)
+            met.append(np.mean([item in seen for item in items[:10]]))
             ranks.append(rank_of(record["target"], [item for item in items if item not in seen]))
         if ranks:
             figures = {key: each.mean() for key, each in values(np.array([ranks]), METRIC_NAMES).items()}

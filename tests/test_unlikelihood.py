@@ -64,7 +64,7 @@ def test_as_by_hand(kind: int, packed: bool):
         mine, wanted = term(batch, logits, losses), []
         for row, label in zip(rows, labels, strict=True):
             wanted += by_hand(row, label, logits[len(wanted) :], items).tolist()
-        assert mine.tolist() == pytest.approx([2 * each for each in wanted], abs=1e-4)
+        assert mine.tolist() == pytest.approx([2 * each for each in wanted], rel=1e-3, abs=1e-4)
         seen += sum(each > 0 for each in wanted)
     assert seen > 50
 

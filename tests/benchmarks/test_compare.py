@@ -149,7 +149,7 @@ def test_what_was_met_before_is_struck_from_the_lists(tmp_path):
     text = compare.seen_table(
         {"popularity": compare.Row({}), "ours": compare.Row({}, files=[tmp_path / "r.jsonl"])}, data
     )
-    assert text.splitlines()[-1] == "| ours | 15.0% | 0.5000 / 0.3155 |" and "popularity" not in text
+    assert text.splitlines()[-1] == "| ours | 41.7% | 0.5000 / 0.3155 |" and "popularity" not in text
 
 
 def test_the_time_of_a_training_that_went_on_is_that_of_all_its_parts(tmp_path):
