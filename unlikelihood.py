@@ -51,9 +51,8 @@ class Unlikelihood:
         own, other = read.chunk(2)
         whole = own + losses[row]  # log of the softmax's denominator
         mass = torch.zeros_like(losses).index_add(0, row, (other - whole).exp())
-        return -self.weight * torch.log1p(
-            -(mass * (1 - 1e-5)).clamp(max=1 - 1e-6)
-        )  # finite and with a gradient at p = 1
+        below_one = (mass * (1 - 1e-5)).clamp(max=1 - 1e-6)  # finite and with a gradient at p = 1
+        return -self.weight * torch.log1p(-below_one)
 
     def seen_codes(self, ids: Tensor, packed_lengths: list[int] | None = None) -> Tensor:
         """Which code would complete an earlier item of the sample, and where: int64 (pairs, 2), each pair once.
