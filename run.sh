@@ -11,7 +11,7 @@
 #   DATASET ml-100k | DATA_PATH ./data | BASE_MODEL (a tiny LLaMA, made on the spot) | SEED 42
 #   NPROC (as many as there are GPUs, at most 2 for a tiny model; 2 on the CPU) | DEEPSPEED ./config/ds_z3_bf16.json (none: plain DDP)
 #   OUTPUT_DIR ./ckpt/$DATASET | RESULTS_DIR ./results/$DATASET (both with -seed$SEED behind them unless SEED is 42) | MODELS_DIR ./models
-#   PORT 23324 | DATA_FLAGS, INDEX_FLAGS, FINETUNE_FLAGS, TEST_FLAGS: appended to the stage's command, so they win
+#   PORT 23324 | DATA_FLAGS, INDEX_FLAGS, BASE_FLAGS (the tiny model's), FINETUNE_FLAGS, TEST_FLAGS: appended to the stage's command, so they win
 #   BEHAVIOUR 1 (0: a tiny model's indices from texts alone, so that new items can be added later)
 #   VENV .venv | PYTHON python3 | FORCE 0
 set -euo pipefail
@@ -115,7 +115,7 @@ stage_base() {
   if begin base "$TINY/model.safetensors"; then
     rm -rf "$TINY"
     # shellcheck disable=SC2086
-    python data_process/base_model.py tiny --data_path "$DATA_PATH" --dataset "$DATASET" --target "$TINY" --seed "$SEED" $BASE_RECIPE
+    python data_process/base_model.py tiny --data_path "$DATA_PATH" --dataset "$DATASET" --target "$TINY" --seed "$SEED" $BASE_RECIPE ${BASE_FLAGS:-}
   fi
 }
 

@@ -1,4 +1,6 @@
-"""accuracy.sh, search.sh and seeds.sh with a `python` that only writes down what it is asked to do."""
+"""accuracy.sh, search.sh and earlier.sh with a `python` that only writes down what it is asked to do."""
+
+import json
 
 from stub_python import StubPython
 
@@ -45,3 +47,42 @@ def test_search_tests_each_model_on_both_sets_of_queries(tmp_path):
         assert table.count(f"/{queries}-") == 4
     other, calls = search.run(EPOCHS="6", SMOLLM2_STEPS="0", WORK=str(tmp_path / "work"))
     assert other.returncode == 0 and "tiny--6-epochs-seed42" in " ".join(calls)  # a folder of its own
+
+
+RUN_STUB = """
+echo "$OUTPUT_DIR $DATA_PATH $*" >> "$CALLS"
+for stage in "$@"; do
+  case "$stage" in
+    index) echo {} > "$DATA_PATH/Toy/Toy.index.json" ;;
+    test) echo "{\\"mean_results\\": {\\"hit@10\\": 0.2${DATA_PATH: -1}, \\"ndcg@10\\": 0.1}}" > "$RESULTS_DIR/result.json" ;;
+  esac
+done
+"""
+
+
+def test_earlier_never_reads_a_test_item(tmp_path):
+    earlier = StubPython(tmp_path, "earlier.sh")
+    (tmp_path / "repository" / "run.sh").write_text(RUN_STUB)
+    work = str(tmp_path / "work")
+    done, calls = earlier.run(WORK=work, TRIAL="x", FINETUNE_FLAGS="--epochs 3")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "work" / "Toy" / "x-seed42"
+    assert [call.split(" ", 2)[1:] for call in calls] == [
+        [str(folder / "cut3"), "data embed index base finetune test"],
+        [str(folder / "cut2"), "test"],
+        [str(folder / "cut1"), "test"],
+    ]
+    whole = json.loads((tmp_path / "Toy" / "Toy.inter.json").read_text())
+    for cut in (3, 2, 1):
+        part = json.loads((folder / f"cut{cut}" / "Toy" / "Toy.inter.json").read_text())
+        assert part == {user: items[:-cut] for user, items in whole.items() if len(items) >= 6}
+        assert len(part) < len(whole)
+        assert (folder / f"cut{cut}" / "Toy" / "Toy.index.json").read_text() == "{}\n"
+    assert done.stdout.splitlines()[-4:] == [
+        "items[-4]          HR@10 0.2300  NDCG@10 0.1000",
+        "items[-3]          HR@10 0.2200  NDCG@10 0.1000",
+        "items[-2]          HR@10 0.2100  NDCG@10 0.1000",
+        "mean of the three  HR@10 0.2200  NDCG@10 0.1000",
+    ]
+    other, calls = earlier.run(WORK=work, TRIAL="x", FINETUNE_FLAGS="--epochs 4")
+    assert other.returncode == 2 and "x-seed42 was made of other data or settings" in other.stderr and not calls
