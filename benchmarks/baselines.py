@@ -25,6 +25,7 @@ from utils import UserError, read_json, run_main, say, sha256, write_json
 
 HERE = Path(__file__).resolve().parent
 REQUIREMENTS = HERE / "requirements-recbole.txt"
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000000"}  # keep_memory of scripts/env.sh
 
 
 def recbole_python() -> Path:
@@ -92,7 +93,7 @@ def _run_recbole(folder: Path, config_file: Path, settings: dict[str, Any]) -> N
     shutil.rmtree(partial, ignore_errors=True)
     write_json(partial / "settings.json", settings)
     command = [str(recbole_python()), str(HERE / "recbole_run.py"), str(config_file.resolve())]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment = KEEP_MEMORY | {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     with open(partial / "stderr.log", "w+b") as log:
         status = subprocess.run(command, cwd=partial, stderr=log, env=environment).returncode
         log.seek(0)

@@ -4,7 +4,8 @@
     python benchmarks/bench_train.py --processes 1,2 --seeds 3 --samples 512
     python benchmarks/bench_train.py --model smollm2 --processes 1 --samples 24
     python benchmarks/bench_train.py --data_path ./data --dataset ml-100k     # a dataset with index and user texts
-    python benchmarks/bench_train.py --dealing --model medium --processes 4   # (a) rows as drawn; (b) samples dealt by length
+    python benchmarks/bench_train.py --compare dealing --model medium --processes 4     # (a) rows as drawn; (b) dealt by length
+    python benchmarks/bench_train.py --compare memory --model smollm2 --processes 1     # (b) with keep_memory of scripts/env.sh
 
 Both train the same model (a tiny LLaMA of the embedded default's size, or SmolLM2-135M) on the same samples in the same order,
 with the same optimiser, precision and activation checkpointing, in turn and each in processes of its own; with two processes
@@ -39,7 +40,11 @@ from utils import UserError, is_main, read_json, run_main, write_json
 ROOT = Path(__file__).resolve().parent.parent
 LEARNING_RATES = {"tiny": "1e-3", "medium": "1e-3", "smollm2": "5e-5"}
 MEDIUM = ["--hidden_size", "384", "--layers", "6", "--heads", "6"]
-NAMES = {False: ("plain Trainer", "--packing"), True: ("rows as drawn", "rows dealt")}
+NAMES = {
+    "packing": ("plain Trainer", "--packing"),
+    "dealing": ("rows as drawn", "rows dealt"),
+    "memory": ("as it is", "keep_memory"),
+}
 OFFICE = ROOT.parent / "shared" / "data" / "Office"
 
 
@@ -50,7 +55,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset", default="Office")
     parser.add_argument("--processes", default="1,2", help="numbers of processes, by commas")
     parser.add_argument("--model", default="tiny", choices=tuple(LEARNING_RATES), help="base model")
-    parser.add_argument("--dealing", action="store_true", help="compare what dealing packed samples by length brings")
+    parser.add_argument("--compare", default="packing", choices=tuple(NAMES), help="what (b) has and (a) has not")
     parser.add_argument("--samples", type=whole(1), default=512, help="training samples of each run")
     parser.add_argument("--loss_samples", type=whole(1), default=200, help="samples whose loss is compared at the end")
     parser.add_argument("--batch_size", type=whole(1), default=8, help="samples per process and step")
@@ -103,10 +108,10 @@ def worker(job: dict) -> None:
     flags += ["--logging_step", "1000000", "--save_and_eval_strategy", "steps", "--save_and_eval_steps", "1000000"]
     flags += ["--deepspeed", str(ROOT / "config/ds_z3_bf16.json") if job["zero3"] else "none"]
     flags += ["--loss_average", "token"]  # as the plain Trainer of today
-    plain = job["kind"] == "a" and not job["dealing"]
+    plain = job["kind"] == "a" and job["compare"] == "packing"
     flags += [] if plain else ["--packing"]
     flags += ["--no-gradient_checkpointing"] if job["no_checkpointing"] else []
-    if job["kind"] == "a":
+    if job["kind"] == "a" and job["compare"] == "dealing":
         training.MOST_DEALT = 0
     run = finetune.prepare(finetune.parse(flags), plain_trainer if plain else None)
     trainer = run.trainer
@@ -239,6 +244,8 @@ def launch(options: argparse.Namespace, job: dict, processes: int) -> dict:
     start = [sys.executable]
     if processes > 1:
         start += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    if job["compare"] == "memory" and job["kind"] == "b":
+        start = ["bash", "-c", 'source scripts/env.sh; keep_memory; exec "$@"', "-", *start]
     command = [*start, str(Path(__file__).resolve()), "--worker", json.dumps(job)]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("FIGURES ")]
@@ -255,8 +262,8 @@ def compare(options: argparse.Namespace, base: Path, data_path: Path, folder: Pa
         for seed in range(1, options.seeds + 1):
             for kind in "ab":
                 steps = max(2, options.samples // (options.batch_size * processes))
-                job = {"kind": kind, "seed": seed, "steps": steps, "base": str(base), "dealing": options.dealing}
-                job["zero3"] = processes > 1 and not options.dealing
+                job = {"kind": kind, "seed": seed, "steps": steps, "base": str(base), "compare": options.compare}
+                job["zero3"] = processes > 1 and options.compare != "dealing"
                 job |= {"out": str(folder / f"out-{kind}-{processes}-{seed}"), "dataset": options.dataset}
                 job |= {"data_path": str(data_path), "batch_size": options.batch_size}
                 job |= {"no_checkpointing": options.no_checkpointing, "loss_samples": options.loss_samples}
@@ -265,7 +272,7 @@ def compare(options: argparse.Namespace, base: Path, data_path: Path, folder: Pa
                 figures["samples"] = (steps - 1) * options.batch_size * processes
                 runs[kind].append(figures)
         rows.append(summary(processes, runs))
-        print(table_lines(rows[-1], options.dealing), flush=True)
+        print(table_lines(rows[-1], options.compare), flush=True)
     return rows
 
 
@@ -284,10 +291,11 @@ def summary(processes: int, runs: dict[str, list[dict]]) -> dict:
     return row
 
 
-def table_lines(row: dict, dealing: bool) -> str:
+def table_lines(row: dict, compared: str) -> str:
     """One comparison in words."""
-    lines = [f"{row['processes']} process(es){', ZeRO-3' if row['processes'] > 1 and not dealing else ''}"]
-    for kind, name in zip("ab", NAMES[dealing], strict=True):
+    zero3 = row["processes"] > 1 and compared != "dealing"
+    lines = [f"{row['processes']} process(es){', ZeRO-3' if zero3 else ''}"]
+    for kind, name in zip("ab", NAMES[compared], strict=True):
         mean = row[kind]
         losses = ", ".join(f"{loss:.4f}" for loss in mean["losses"])
         lines.append(
