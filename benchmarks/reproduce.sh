@@ -9,8 +9,7 @@
 # the loss on responses; every row has the samples of the rows before it, and its own:
 #   SEQ none | +MUT item2index, index2item | +ASY fusionseqrec | +ITE itemsearch | +PER preferenceobtain
 # Histories: then EPOCHS epochs of seqrec, the same for every row, without instructions (config/history_prompts.json): a history is 13
-# tokens and not 57, all of its items are predicted, and a token takes milliseconds. Where nobody takes an item twice, this phase is
-# told so (--unlikelihood, as in accuracy.sh). random:ROW is the same architecture and tokenizer
+# tokens and not 57, all of its items are predicted, and a token takes milliseconds. random:ROW is the same architecture and tokenizer
 # from random weights. All rows share data (descriptions cut at 240 characters), RQ-VAE indices (text and behaviour, two levels),
 # settings, and, for one SEED, test users. Nothing is chosen by results: the last weights count. User texts are the dataset's own
 # if it has some, else made by rule.
@@ -85,7 +84,6 @@ fi
 
 swap="$(swap_share "$stem.inter.json" "$stem.item.json")"
 if [ "$swap" = 0 ]; then swap=(); else swap=(--swap_items "$swap" --swap_by "$stem.emb-minilm-td.npy"); fi
-repeats="$(unlikelihood "$stem.inter.json")"
 
 # train BASE RUN FLAGS…: fine-tune, if that is not done
 train() {
@@ -116,7 +114,7 @@ one() {
     base="$runs/$1/aligned/model" start=()
   fi
   train "$base" "$runs/$1" --tasks seqrec --longest_history_only --prompt_file config/history_prompts.json ${start[@]+"${start[@]}"} \
-    ${swap[@]+"${swap[@]}"} --unlikelihood "$repeats" --per_device_batch_size 32 --epochs "$EPOCHS" --eval_delay "$EPOCHS" \
+    ${swap[@]+"${swap[@]}"} --per_device_batch_size 32 --epochs "$EPOCHS" --eval_delay "$EPOCHS" \
     --eval_ranking "$(part 300 10)"
   rm -f "$runs/$1"/aligned/model/*.safetensors
   python test.py --ckpt_path "$runs/$1/model" --results_file "$runs/$1/result-$USERS.json" --data_path "$work" \
