@@ -48,10 +48,8 @@ stem="$DATA_PATH/$DATASET/$DATASET"
 
 setup_env requirements.txt
 GPUS="$(count_gpus)"
-if [ "$GPUS" = 0 ]; then
-  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" DS_ACCELERATOR=cpu  # DeepSpeed would guess and say so
-  keep_memory
-fi
+if [ "$GPUS" = 0 ]; then export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" DS_ACCELERATOR=cpu; fi  # DeepSpeed would guess and say so
+keep_memory
 TINY="${MODELS_DIR:-./models}/tiny-$DATASET$suffix"
 BASE="${BASE_MODEL:-$TINY}"
 recipe "$DATASET" "${BASE_MODEL:-}" "$GPUS"

@@ -29,7 +29,7 @@ work="./ckpt/accuracy/$DATASET"
 stem="$work/$DATASET/$DATASET"
 made_of "$work" "$SOURCE" "$DATASET"
 setup_env requirements.txt
-if [ "$(count_gpus)" = 0 ]; then keep_memory; fi
+keep_memory
 mkdir -p "$work/$DATASET"
 for kind in inter item; do ln -sfn "$(realpath "$SOURCE/$DATASET.$kind.json")" "$stem.$kind.json"; done
 if [ ! -e "$stem.emb-minilm-td.npy" ]; then embed "$work" "$DATASET"; fi

@@ -1,4 +1,4 @@
-"""Fine-tuning speed and memory: (a) plain Trainer, batches padded to the longest sample; (b) finetune.py --packing.
+"""Fine-tuning speed and memory: (a) plain Trainer, batches padded to the longest; (b) finetune.py --packing. `--compare`: others.
 
     python benchmarks/bench_train.py                        # Office if ../shared/data/Office is there, else ml-100k
     python benchmarks/bench_train.py --processes 1,2 --seeds 3 --samples 512
@@ -245,9 +245,11 @@ def launch(options: argparse.Namespace, job: dict, processes: int) -> dict:
     if processes > 1:
         start += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
     if job["compare"] == "memory" and job["kind"] == "b":
-        start = ["bash", "-c", 'source scripts/env.sh; keep_memory; exec "$@"', "-", *start]
+        start = ["bash", "-c", 'set -e; source scripts/env.sh; GPUS=0 keep_memory; exec "$@"', "-", *start]
     command = [*start, str(Path(__file__).resolve()), "--worker", json.dumps(job)]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    environment["OMP_NUM_THREADS"] = "1"
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("FIGURES ")]
     if done.returncode or not lines:
         raise RuntimeError(f"the worker failed:\n{done.stdout[-2000:]}\n{done.stderr[-9000:]}")

@@ -5,11 +5,13 @@
 #   TRIAL=deeper BASE_FLAGS="--layers 3" bash benchmarks/earlier.sh                 another one; also INDEX_FLAGS and FINETUNE_FLAGS
 #   DATASET=Mine SOURCE=./data/Mine bash benchmarks/earlier.sh                      your data (docs/formats.md)
 #
-# The test items, and the two before them, are cut off: run.sh makes everything (user texts, behaviour, index) anew of what is left,
-# trains, and tests on the last item that is left, items[-4]. The same model is then tested on items[-3] and items[-2], with all that
-# came before them as history; items[-1], the test split, is never read. Prints each, and their mean: users × 3 targets, so a smaller
-# error than validation's, and none of them chose the epoch. Users with fewer than six items are left out.
-# Settings: SEED 42 | WORK ./ckpt/earlier | NPROC 1, DEEPSPEED none (one core; run.sh's two processes: NPROC=2 DEEPSPEED=./config/ds_z3_bf16.json)
+# The test items, and the two before them, are cut off. Of what is left run.sh's stages make everything anew (user texts, behaviour,
+# index, also where the dataset has its own), train, and test on the last item, items[-4]. The same model is then tested on items[-3]
+# and items[-2], with all that came before as history; items[-1], the test split, is in none of these files. Prints each and their
+# mean: users × 3 targets, so a smaller error than validation's, and none of them chose the epoch. Users with fewer than six items
+# are left out. The same command goes on where it was cut off; another recipe needs another TRIAL.
+# Settings (paths count from the repository): SEED 42 | WORK ./ckpt/earlier | PORT (a free one)
+#   NPROC 1, DEEPSPEED none: one core for a tiny model (with BASE_MODEL what run.sh would take)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/env.sh
@@ -17,32 +19,43 @@ usage "$@"
 source scripts/recipes.sh
 DATASET="${DATASET:-ml-100k}"
 SOURCE="${SOURCE:-./data/$DATASET}"
-SEED="${SEED:-42}"
-work="${WORK:-./ckpt/earlier}/$DATASET/${TRIAL:-recipe}-seed$SEED"
-if [ "$DATASET" = ml-100k ] && [ ! -e "$SOURCE/ml-100k.inter.json" ]; then DATA_PATH="$(dirname "$SOURCE")" bash run.sh data; fi
-made_of "$work" "$SOURCE" "$DATASET" "${INDEX_FLAGS:-} ${BASE_FLAGS:-} ${FINETUNE_FLAGS:-} ${NPROC:-1} ${DEEPSPEED:-none}"
+work="${WORK:-./ckpt/earlier}/$DATASET/${TRIAL:-recipe}-seed${SEED:=42}"
+case "$work" in *[[:space:]]*) echo "error: $work: no blanks in WORK, DATASET and TRIAL" >&2; exit 2 ;; esac
+if [ "${FORCE:-0}" = 1 ]; then echo "error: FORCE=1 is for run.sh; remove $work or name another TRIAL" >&2; exit 2; fi
+if [ -z "${BASE_MODEL:-}" ]; then export NPROC="${NPROC:-1}" DEEPSPEED="${DEEPSPEED:-none}"; fi
+if [ "$SOURCE" = ./data/ml-100k ] && [ ! -e "$SOURCE/ml-100k.inter.json" ]; then DATASET=ml-100k DATA_PATH=./data bash run.sh data; fi
+made_of "$work" "$SOURCE" "$DATASET" "recipe $(cat run.sh scripts/recipes.sh | cksum) ${BASE_MODEL:-} ${BEHAVIOUR:-1} ${INDEX_FLAGS:-} \
+${BASE_FLAGS:-} ${FINETUNE_FLAGS:-} ${TEST_FLAGS:-} ${NPROC:-} ${DEEPSPEED:-}"
 setup_env requirements.txt
+PORT="${PORT:-$(python -c 'import socket; place = socket.socket(); place.bind(("127.0.0.1", 0)); print(place.getsockname()[1])')}"
 
 # cut N: the dataset without the last N items of each user, in $work/cutN
 cut() {
-  mkdir -p "$work/cut$1/$DATASET"
-  ln -sfn "$(realpath "$SOURCE/$DATASET.item.json")" "$work/cut$1/$DATASET/$DATASET.item.json"
+  local folder="$work/cut$1/$DATASET"
+  mkdir -p "$folder"
+  ln -sfn "$(realpath "$SOURCE/$DATASET.item.json")" "$folder/$DATASET.item.json"
   python -c '
 import json, sys
-source, target, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
-histories = json.load(open(source, encoding="utf-8"))
-kept = {user: items[: len(items) - number] for user, items in histories.items() if len(items) >= 6}
-json.dump(kept, open(target, "w", encoding="utf-8"))' "$SOURCE/$DATASET.inter.json" "$work/cut$1/$DATASET/$DATASET.inter.json" "$1"
+histories = json.load(open(sys.argv[1], encoding="utf-8"))
+print(json.dumps({user: items[: len(items) - int(sys.argv[2])] for user, items in histories.items() if len(items) >= 6}))' \
+    "$SOURCE/$DATASET.inter.json" "$1" > "$folder/partial"
+  mv "$folder/partial" "$folder/$DATASET.inter.json"
 }
 
-if [ ! -e "$work/cut3/$DATASET/$DATASET.inter.json" ]; then cut 3; fi
-SEED="$SEED" DATASET="$DATASET" DATA_PATH="$work/cut3" OUTPUT_DIR="$work/model" RESULTS_DIR="$work/cut3" MODELS_DIR="$work/base" \
-  NPROC="${NPROC:-1}" DEEPSPEED="${DEEPSPEED:-none}" bash run.sh data embed index base finetune test
+# stages N STAGE…: of run.sh, on what is cut by N
+stages() {
+  local number="$1"
+  shift
+  DATASET="$DATASET" SEED="$SEED" PORT="$PORT" DATA_PATH="$work/cut$number" RESULTS_DIR="$work/cut$number" \
+    OUTPUT_DIR="$work/model" MODELS_DIR="$work/base" bash run.sh "$@"
+}
+
+for number in 3 2 1; do cut "$number"; done
+if [ ! -e "$work/cut3/$DATASET/$DATASET.user.json" ]; then python data_process/user_texts.py --data_path "$work/cut3" --dataset "$DATASET"; fi
+stages 3 embed index base finetune test
 for number in 2 1; do
-  cut "$number"
   ln -sfn "../../cut3/$DATASET/$DATASET.index.json" "$work/cut$number/$DATASET/$DATASET.index.json"
-  SEED="$SEED" DATASET="$DATASET" DATA_PATH="$work/cut$number" OUTPUT_DIR="$work/model" RESULTS_DIR="$work/cut$number" \
-    bash run.sh test
+  stages "$number" test
 done
 python -c '
 import json, sys

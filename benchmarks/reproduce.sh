@@ -64,7 +64,7 @@ work="${WORK:-./ckpt/reproduce}/$DATASET"
 stem="$work/$DATASET/$DATASET"
 made_of "$work" "$SOURCE" "$DATASET" "${FINETUNE_FLAGS:-}"
 setup_env requirements.txt
-if [ "$(count_gpus)" = 0 ]; then keep_memory; fi
+keep_memory
 # RecBole's environment now: it needs the network, and hours later would be late to say so
 if [ -n "${BASELINES-SASRec}" ]; then python benchmarks/baselines.py; fi
 part() { python -c 'import sys; number, least, share = map(float, sys.argv[1:]); print(round(max(least, number * share)))' "$1" "$2" "$SHARE"; }

@@ -28,7 +28,7 @@ full="$work/full" short="$work/short" hard="$work/hard"
 stem="$full/$DATASET/$DATASET"
 made_of "$work" "$SOURCE" "$DATASET"
 setup_env benchmarks/requirements.txt
-if [ "$(count_gpus)" = 0 ]; then keep_memory; fi
+keep_memory
 mkdir -p "$full/$DATASET"
 for kind in inter item; do ln -sfn "$(realpath "$SOURCE/$DATASET.$kind.json")" "$stem.$kind.json"; done
 if [ -e "$SOURCE/$DATASET.user.json" ]; then ln -sfn "$(realpath "$SOURCE/$DATASET.user.json")" "$stem.user.json"; fi

@@ -30,9 +30,12 @@ usage() {
   esac
 }
 
-# keep_memory: for training on the CPU, where glibc hands large blocks back to the system, and every step asks for them anew, page by
-# page. Now a process keeps what it had at its peak (benchmarks/bench_train.py --compare memory). What the caller set stays.
-keep_memory() { export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-1000000000000}"; }
-
 # count_gpus: how many CUDA devices PyTorch sees.
 count_gpus() { python -c 'import torch; print(torch.cuda.device_count())'; }
+
+# keep_memory: for training on the CPU; nothing where there is a GPU. glibc gives large blocks back to the system, and every step asks
+# for them anew, page by page; now a process keeps them (benchmarks/bench_train.py --compare memory). What the caller set stays.
+keep_memory() {
+  if [ "${GPUS:-$(count_gpus)}" != 0 ]; then return; fi
+  export MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_:-0}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-1000000000000}"
+}

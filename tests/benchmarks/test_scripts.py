@@ -50,7 +50,7 @@ def test_search_tests_each_model_on_both_sets_of_queries(tmp_path):
 
 
 RUN_STUB = """
-echo "$OUTPUT_DIR $DATA_PATH $*" >> "$CALLS"
+echo "run.sh $OUTPUT_DIR $MODELS_DIR $NPROC $DATA_PATH $*" >> "$CALLS"
 for stage in "$@"; do
   case "$stage" in
     index) echo {} > "$DATA_PATH/Toy/Toy.index.json" ;;
@@ -67,10 +67,12 @@ def test_earlier_never_reads_a_test_item(tmp_path):
     done, calls = earlier.run(WORK=work, TRIAL="x", FINETUNE_FLAGS="--epochs 3")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "work" / "Toy" / "x-seed42"
-    assert [call.split(" ", 2)[1:] for call in calls] == [
-        [str(folder / "cut3"), "data embed index base finetune test"],
-        [str(folder / "cut2"), "test"],
-        [str(folder / "cut1"), "test"],
+    same = f"run.sh {folder}/model {folder}/base 1 {folder}"
+    assert calls == [
+        f"data_process/user_texts.py --data_path {folder}/cut3 --dataset Toy",
+        f"{same}/cut3 embed index base finetune test",
+        f"{same}/cut2 test",
+        f"{same}/cut1 test",
     ]
     whole = json.loads((tmp_path / "Toy" / "Toy.inter.json").read_text())
     for cut in (3, 2, 1):
@@ -84,5 +86,13 @@ def test_earlier_never_reads_a_test_item(tmp_path):
         "items[-2]          HR@10 0.2100  NDCG@10 0.1000",
         "mean of the three  HR@10 0.2200  NDCG@10 0.1000",
     ]
-    other, calls = earlier.run(WORK=work, TRIAL="x", FINETUNE_FLAGS="--epochs 4")
-    assert other.returncode == 2 and "x-seed42 was made of other data or settings" in other.stderr and not calls
+    for settings, said in (
+        ({"FINETUNE_FLAGS": "--epochs 4"}, "x-seed42 was made of other data or settings"),
+        ({"FINETUNE_FLAGS": "--epochs 3", "BASE_MODEL": "gpt2"}, "x-seed42 was made of other data or settings"),
+        (
+            {"FINETUNE_FLAGS": "--epochs 3", "FORCE": "1"},
+            "FORCE=1 is for run.sh",
+        ),  # it would bring back the whole histories
+    ):
+        other, calls = earlier.run(WORK=work, TRIAL="x", **settings)
+        assert other.returncode == 2 and said in other.stderr and not calls
