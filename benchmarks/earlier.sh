@@ -36,8 +36,13 @@ cut() {
   ln -sfn "$(realpath "$SOURCE/$DATASET.item.json")" "$folder/$DATASET.item.json"
   python -c '
 import json, sys
-histories = json.load(open(sys.argv[1], encoding="utf-8"))
-print(json.dumps({user: items[: len(items) - int(sys.argv[2])] for user, items in histories.items() if len(items) >= 6}))' \
+try:
+    histories = json.load(open(sys.argv[1], encoding="utf-8"))
+    kept = {user: items[: len(items) - int(sys.argv[2])] for user, items in histories.items() if len(items) >= 6}
+except (ValueError, TypeError, AttributeError) as fault:
+    print(f"error: {sys.argv[1]}: not a file of histories: {fault}", file=sys.stderr)
+    sys.exit(2)
+print(json.dumps(kept))' \
     "$SOURCE/$DATASET.inter.json" "$1" > "$folder/partial"
   mv "$folder/partial" "$folder/$DATASET.inter.json"
 }

@@ -96,3 +96,13 @@ def test_earlier_never_reads_a_test_item(tmp_path):
     ):
         other, calls = earlier.run(WORK=work, TRIAL="x", **settings)
         assert other.returncode == 2 and said in other.stderr and not calls
+
+
+def test_earlier_names_a_truncated_file(tmp_path):
+    earlier = StubPython(tmp_path, "earlier.sh")
+    (tmp_path / "repository" / "run.sh").write_text(RUN_STUB)
+    path = tmp_path / "Toy" / "Toy.inter.json"
+    path.write_text(path.read_text()[:40])
+    done, calls = earlier.run(WORK=str(tmp_path / "work"))
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {path}: not a file of histories") and not calls
+    assert done.stderr.count("\n") == 1
