@@ -73,13 +73,14 @@ def real_data(folder: Path, seed: int) -> RecData:
 
 
 def make_model(kind: str, data: RecData, folder: Path, options: Any) -> tuple[Any, Any]:
-    """A base model with the item tokens added, and its tokenizer."""
+    """A base model (made on the spot, or that of the folder `kind`) with the item tokens added, and its tokenizer."""
+    base = folder / kind if kind in ("tiny", "smollm2") else Path(kind)
     if kind == "smollm2":
-        base_model.main(["smollm2", "--target", str(folder / kind)])
-    else:
+        base_model.main(["smollm2", "--target", str(base)])
+    elif kind == "tiny":
         place = ["--data_path", str(data.folder.parent), "--dataset", data.name]
-        base_model.main(["tiny", *place, "--target", str(folder / kind)])
-    tokenizer, model = load_tokenizer(folder / kind), load_model(folder / kind, torch.float32)
+        base_model.main(["tiny", *place, "--target", str(base)])
+    tokenizer, model = load_tokenizer(base), load_model(base, torch.float32)
     new_ids = add_item_tokens(tokenizer, data.item_tokens)
     torch.manual_seed(options.seed)
     grow_vocabulary(model, tokenizer, new_ids)
@@ -213,7 +214,7 @@ def compare(kind: str, ways: Ways, prompts: list[list[int]], options: Any) -> No
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--models", default="tiny,smollm2", help="of tiny and smollm2, by commas")
+    parser.add_argument("--models", default="tiny,smollm2", help="tiny, smollm2 or a base model's folder, by commas")
     parser.add_argument("--users", type=whole(1), default=32, help="users for c and d")
     parser.add_argument(
         "--tokens", type=whole(0), default=130, help="take prompts of about so many tokens; 0: of any length"

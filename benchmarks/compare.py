@@ -8,13 +8,13 @@ trains in an environment of its own, which the first run makes. Every model has 
 BERT4Rec two layers, GRU4Rec one of 128), cross-entropy over all items, Adam, and stops after ten epochs without a better NDCG@10
 on the validation targets. The setting with the best validation NDCG@10 of this grid is tested, with every seed:
 {grid}
-`--results` adds lists that test.py wrote (several files of one name: seeds), and a table of differences with 95 % intervals by a
-paired bootstrap over the users that both have: from each baseline, and from the first NAME. Two more tables tell what models are
-good at: HR@10 / NDCG@10 by how often the target came right after the history's last item in training, and with what the user has
-met before struck from the lists. All figures come from lists of 20 items by metrics/ranking.py. Popularity counts the training
-parts. What is trained lies in `<work>/<dataset>/<model>/` with settings, log and lists; the same command goes on from the last
-model that was finished. Writes `<work>/<dataset>/compare.md` and `compare.json`. `--references F` puts the baselines' rows into F
-for report.py. `--models` without a name trains nothing.
+`--results` adds lists that test.py wrote (several files of one name: seeds), and a table of differences with 95 % intervals by
+a paired bootstrap over the users that both have: from each baseline, and from the first NAME. Three more tables tell what
+models are good at: HR@10 / NDCG@10 by how often the target came right after the history's last item in training, by how often
+it occurs in training at all, and with what the user has met before struck from the lists. All figures come from lists of 20
+items by metrics/ranking.py. Popularity counts the training parts. What is trained lies in `<work>/<dataset>/<model>/` with
+settings, log and lists; the same command goes on from the last model that was finished. Writes `<work>/<dataset>/compare.md`
+and `compare.json`. `--references F` puts the baselines' rows into F for report.py. `--models` without a name trains nothing.
 """
 
 from __future__ import annotations
@@ -320,21 +320,38 @@ def difference_table(ours: dict[str, Row], others: dict[str, Row]) -> str:
     return markdown(table)
 
 
-def followed_table(rows: dict[str, Row], data: RecData) -> str:
-    """HR@10 / NDCG@10 of the users that all rows have, by how often target followed last item in anybody's training part."""
-    steps = Counter(step for items in data.inters.values() for step in pairwise(items[:-2]))
-    groups: dict[str, list[str]] = {"never": [], "once or twice": [], "three times or more": []}
+def grouped_table(rows: dict[str, Row], counted: str, times: dict[str, int], groups: dict[int, str]) -> str:
+    """HR@10 / NDCG@10 of the users that all rows have, in groups.
+
+    Args:
+        counted: what `times` (user → how often) are counts of.
+        groups: the least count of each group → its name; one begins at 0.
+    """
+    members: dict[str, list[str]] = {groups[least]: [] for least in sorted(groups)}
     for user in set.intersection(*(set(row.ranks) for row in rows.values())):
-        times = steps[data.inters[user][-2], data.inters[user][-1]]
-        groups["never" if not times else "once or twice" if times < 3 else "three times or more"].append(user)
-    groups = {name: users for name, users in groups.items() if users}
-    table = [
-        ["target after the last item in training", *(f"{name} ({len(users):,})" for name, users in groups.items())]
-    ]
+        members[groups[max(least for least in groups if least <= times[user])]].append(user)
+    members = {name: users for name, users in members.items() if users}
+    table = [[counted, *(f"{name} ({len(users):,})" for name, users in members.items())]]
     for name, row in rows.items():
-        found = [user_values(row.ranks, users) for users in groups.values()]
+        found = [user_values(row.ranks, users) for users in members.values()]
         table.append([name, *(f"{each['hit@10'].mean():.4f} / {each['ndcg@10'].mean():.4f}" for each in found)])
     return markdown(table)
+
+
+def followed_table(rows: dict[str, Row], data: RecData) -> str:
+    """Users in groups by how often the target followed the last item in anybody's training part."""
+    steps = Counter(step for items in data.inters.values() for step in pairwise(items[:-2]))
+    times = {user: steps[items[-2], items[-1]] for user, items in data.inters.items()}
+    groups = {0: "never", 1: "once or twice", 3: "three times or more"}
+    return grouped_table(rows, "target after the last item in training", times, groups)
+
+
+def rarity_table(rows: dict[str, Row], data: RecData) -> str:
+    """Users in groups by how many training interactions the target has."""
+    counts = Counter(item for items in data.inters.values() for item in items[:-2])
+    times = {user: counts[items[-1]] for user, items in data.inters.items()}
+    groups = {0: "none", 1: "one or two", 3: "three to ten", 11: "more"}
+    return grouped_table(rows, "training interactions of the target", times, groups)
 
 
 def seen_table(rows: dict[str, Row], data: RecData) -> str:
@@ -424,7 +441,7 @@ def main(argv: list[str] | None = None) -> None:
     same = {f"{name}, the users of all": Row({user: row.ranks[user] for user in users}) for name, row in fewer.items()}
     tables = [result_table(rows | ours | same, len(data.inters))]
     tables += [difference_table(ours, rows)] if ours else []
-    tables += [followed_table(rows | ours, data), seen_table(rows | ours, data)]
+    tables += [table(rows | ours, data) for table in (followed_table, rarity_table, seen_table)]
     seeds = " ".join(map(str, options.seeds))
     text = "\n\n".join([*tables, notes(data, grids, chosen, seeds)]) + "\n"
     with atomic_path(folder / "compare.md") as path:

@@ -10,22 +10,11 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("model", ["tiny", "smollm2"])
-def test_lists_equal_those_of_generate_on_real_histories(model, capsys):
-    few = [
-        "--models",
-        model,
-        "--users",
-        "2",
-        "--slow_users",
-        "1",
-        "--repeat",
-        "1",
-        "--num_beams",
-        "10",
-        "--batch_size",
-        "2",
-    ]
-    bench_decode.main(few)
+def test_lists_equal_those_of_generate_on_real_histories(model, capsys, request):
+    if model == "smollm2":
+        model = str(request.getfixturevalue("smollm2_folder"))
+    few = ["--users", "2", "--slow_users", "1", "--repeat", "1", "--num_beams", "10", "--batch_size", "2"]
+    bench_decode.main(["--models", model, *few])
     shown = capsys.readouterr().out
     assert "1 of 1 lists equal (b)'s" in shown
     times = {name: float(ms) for name, ms in re.findall(r"\((\w)\).* (\d+\.\d) ms a user", shown)}

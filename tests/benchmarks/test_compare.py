@@ -128,6 +128,18 @@ def test_users_are_told_apart_by_what_followed_what_in_training():
     ]
 
 
+def test_users_are_told_apart_by_how_rare_their_targets_are():
+    """In training parts item 0 occurs eleven times, 1 three times, 2 twice, 3 never."""
+    inters = {"0": [0] * 10 + [1, 1, 0, 3], "1": [0, 1, 3, 2], "2": [2, 2, 3, 1], "3": [1, 0], "4": [3, 0]}
+    data = RecData("Toy", Path(), inters, ["t"] * 4, [""] * 4, [], None)
+    ranks = {"0": [0, -1], "1": [0, 0], "2": [-1, -1], "3": [0, 0], "4": [-1, -1]}
+    text = compare.rarity_table({"ours": compare.Row(ranks)}, data)
+    assert [line.strip("| ").split(" | ")[1:] for line in text.splitlines()[::2]] == [
+        ["none (1)", "one or two (1)", "three to ten (1)", "more (2)"],
+        ["0.5000 / 0.5000", "1.0000 / 1.0000", "0.0000 / 0.0000", "0.5000 / 0.5000"],
+    ]
+
+
 def test_what_was_met_before_is_struck_from_the_lists(tmp_path):
     inters = {"0": [0, 1, 2], "1": [3, 4, 0]}
     data = RecData("Toy", Path(), inters, ["t"] * 5, [""] * 5, [], None)

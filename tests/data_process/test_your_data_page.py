@@ -76,7 +76,12 @@ def test_raw_amazon_files(place):
     reviews, metadata = bench_data.raw_files(place, 3_000)
     reviews.rename(place / "Video_Games_5.json.gz")
     metadata.rename(place / "meta_Video_Games.json.gz")
-    output = run(place, blocks("amazon"))
-    assert "Amazon 2018, reviews" in output and "| LC-Rec |" in output
+    *data, train, recommend = blocks("amazon").splitlines()  # training and lists: as for two tables, above
+    assert train == "DATASET=VideoGames bash run.sh" and "recommend.py" in recommend
+    output = run(place, "\n".join([*data, f"{train} data base"]))
+    assert "Amazon 2018, reviews" in output and (place / "models/tiny-VideoGames/config.json").exists()
+    assert (
+        provenance.verify(place / "data/VideoGames", provenance.notes_of(place / "data/VideoGames", "VideoGames")) == []
+    )
     with gzip.open(place / "Video_Games_5.json.gz", "rt") as file:
         assert len(file.readlines()) == 3_000
