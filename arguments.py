@@ -193,7 +193,12 @@ TRAIN = (
         choices=("base", "2023", "paper"),
     ),
     Flag("weight_decay", 0.01, "decoupled weight decay of AdamW", real(0, below=1e12)),
-    Flag("dropout", 0.0, "share dropped of the embeddings and of each layer's branches, in training", real(0, below=1)),
+    Flag(
+        "dropout",
+        0.0,
+        "in training, share dropped of embeddings and branches; not for pretrained models",
+        real(0, below=1),
+    ),
     Flag(
         "resume_from_checkpoint",
         None,

@@ -6,7 +6,8 @@ For rows that are drawn and rows from words (`--init_item_tokens`), and for hist
 or in the instruction frame, over `--batches` batches of seqrec in float32: the loss of item tokens, the logits of text and item
 tokens, the gradient's norm (before any clipping) from batch to batch, what part of it is in the new rows, and the cosine
 between the gradients in float32 and in bfloat16 (autocast) of the worst batch, in the new rows and in the lower half of the
-layers. No weight is changed. Prints a table.
+layers. A second table: the loss on the first items' titles and descriptions, before any training, by `--dropout`: what is left
+of what the model knows. No weight is changed.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ from data import RecData, load_data
 from flag_values import whole
 from modeling import load_model, load_tokenizer, prepare_base
 from prompt import load_prompts
+from regularise import add_dropout
 from samples import TrainSet
 from tasks import HistoryFormat
 from utils import run_main, say
 
 SHORT = Path(__file__).resolve().parent.parent / "config" / "short_prompts.json"
+DROPOUTS = (0, 0.01, 0.05, 0.1, 0.2)
 COLUMNS = (
     "rows",
     "prompt",
@@ -112,6 +115,22 @@ def row(model: Any, tokenizer: Any, data: RecData, prompt_file: str | None, coun
     return [*texts, gradient, f"{sum(shares) / count:.0%}", *(f"{angle:.2f}" for angle in worst)]
 
 
+def text_loss(base: str, data: RecData, share: float, count: int, size: int) -> float:
+    """The mean loss over the texts of the first `count` times `size` items, in training mode, `share` of every branch dropped."""
+    model, tokenizer = load_model(base, torch.float32), load_tokenizer(base)
+    if share:
+        add_dropout(model, share)
+    model.train()
+    texts = [f"{data.titles[item]} {data.descriptions[item]}" for item in range(min(count * size, len(data.titles)))]
+    losses = []
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt", truncation=True, max_length=256)["input_ids"]
+        if ids.shape[1] > 1:
+            with torch.no_grad():
+                losses.append(model(input_ids=ids, labels=ids).loss.item())
+    return sum(losses) / len(losses)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     add_dataset(parser)
@@ -129,6 +148,11 @@ def main(argv: list[str] | None = None) -> None:
         for prompt, file in (("bare", str(SHORT)), ("frame", None)):
             figures = row(model, tokenizer, data, file, options.batches, options.batch_size)
             say("| " + " | ".join([start or "drawn", prompt, *figures]) + " |")
+    say("\n| dropout | loss on the items' texts |\n| --- | --- |")
+    torch.manual_seed(42)
+    for share in DROPOUTS:
+        loss = text_loss(options.base_model, data, share, options.batches, options.batch_size)
+        say(f"| {share:g} | {loss:.2f} |")
 
 
 if __name__ == "__main__":

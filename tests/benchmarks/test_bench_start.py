@@ -18,6 +18,8 @@ def test_each_start_and_prompt_has_a_line(tmp_path, capsys):
         for line in capsys.readouterr().out.splitlines()
         if line[:1] == "|"
     ]
+    rows, shares = rows[:-7], dict(rows[-5:])
+    assert [*shares] == ["0", "0.01", "0.05", "0.1", "0.2"] and all(0 < float(loss) < 20 for loss in shares.values())
     assert [row[:2] for row in rows[2:]] == [
         ["drawn", "bare"],
         ["drawn", "frame"],
