@@ -37,7 +37,7 @@ def test_every_row_ends_with_the_same_histories_and_language_comes_before_them(r
     words = "--init_item_tokens words"
     assert words in runs["SEQ/model"] and words in runs["+ASY/aligned/model"] and words not in runs["+ASY/model"]
     tasks = (
-        "--tasks item2index,index2item,fusionseqrec --train_data_sample_num 700,700,600 --train_prompt_sample_num 1,1,1"
+        "--tasks item2index,index2item,fusionseqrec --train_data_sample_num 2000,300,600 --train_prompt_sample_num 1,1,1"
     )
     assert tasks in runs["+ASY/aligned/model"] and "--only_train_response" in runs["+ASY/aligned/model"]
     assert "/+ASY/aligned/model " in runs["+ASY/model"].split("--output_dir")[0]
@@ -54,7 +54,7 @@ def test_a_share_has_its_own_folder_and_a_row_that_fails_is_told(reproduce):
     done, calls = reproduce("+MUT SEQ", SHARE="0.1", FAILS="+MUT/aligned")
     assert done.returncode == 1 and "not all rows were done" in done.stderr
     assert "error: +MUT failed; the end of" in done.stderr and "out of luck" in done.stderr
-    assert "--train_data_sample_num 70,70 " in trained(calls)["+MUT/aligned/model"]
+    assert "--train_data_sample_num 200,30 " in trained(calls)["+MUT/aligned/model"]
     assert any(call.startswith("test.py") and "0.5-epochs-share0.1/SEQ/model" in call for call in calls)
     assert not any("compare.py" in call for call in calls)
 
