@@ -23,7 +23,7 @@ two_levels() {
   python index/generate_indices.py --ckpt_path "$4" --output_file "$5"
 }
 
-# made_of WORK SOURCE DATASET [SETTINGS]: stops if SOURCE lacks the dataset, or WORK was made of other data or settings
+# made_of WORK SOURCE DATASET [SETTINGS]: stops if SOURCE lacks the dataset, or WORK was made of other data, settings or scripts
 made_of() {
   local kind of
   for kind in inter item; do
@@ -38,7 +38,7 @@ made_of() {
   elif [ ! -e "$1/made-of.txt" ]; then
     echo "$of" > "$1/made-of.txt"
   elif [ "$(cat "$1/made-of.txt")" != "$of" ]; then
-    echo "error: $1 was made of other data or settings ($1/made-of.txt, now: $of); remove it or name another" >&2
+    echo "error: $1 was made of other data, settings or scripts ($1/made-of.txt, now: $of); remove it or name another" >&2
     exit 2
   fi
 }

@@ -36,9 +36,7 @@ def test_every_row_ends_with_the_same_histories_and_language_comes_before_them(r
     }
     words = "--init_item_tokens words"
     assert words in runs["SEQ/model"] and words in runs["+ASY/aligned/model"] and words not in runs["+ASY/model"]
-    tasks = (
-        "--tasks item2index,index2item,fusionseqrec --train_data_sample_num 2000,300,600 --train_prompt_sample_num 1,1,1"
-    )
+    tasks = "--tasks item2index,index2item,fusionseqrec --train_data_sample_num 2000,300,600 --train_prompt_sample_num 1,1,1"
     assert tasks in runs["+ASY/aligned/model"] and "--only_train_response" in runs["+ASY/aligned/model"]
     assert "/+ASY/aligned/model " in runs["+ASY/model"].split("--output_dir")[0]
     assert "smollm2-random-seed42 " in runs["random:+MUT/aligned/model"]
@@ -81,6 +79,12 @@ def test_a_share_of_one_is_the_whole_and_other_words_are_refused(reproduce, tmp_
     for flag, status, word in (("--help", 0, "SEQ none | +MUT"), ("SEQ", 2, "settings are environment variables")):
         asked = subprocess.run([*stub.command, flag], env=stub.environment(), capture_output=True, text=True)
         assert asked.returncode == status and word in asked.stdout + asked.stderr
+
+
+def test_what_another_recipe_made_is_refused(reproduce):
+    assert reproduce("SEQ")[0].returncode == 0
+    done, calls = reproduce("SEQ", FINETUNE_FLAGS="--dropout 0.1")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "settings or scripts" in done.stderr and not calls
 
 
 def eventually(true: Callable[[], object]) -> bool:

@@ -20,7 +20,7 @@ def test_accuracy_makes_a_table_of_each_method_and_keeps_recipes_apart(tmp_path)
     again, calls = accuracy.run(SEEDS="1 2")
     assert again.returncode == 0 and not any("finetune.py" in call for call in calls)  # it is done
     other, calls = accuracy.run(SEEDS="1", FINETUNE_FLAGS="--epochs 3")
-    assert other.returncode == 2 and "rqvae-seed1 was made of other data or settings" in other.stderr
+    assert other.returncode == 2 and "rqvae-seed1 was made of other data, settings or scripts" in other.stderr
     trial, calls = accuracy.run(SEEDS="1", FINETUNE_FLAGS="--epochs 3", TRIAL="short", METHOD="rqvae")
     assert trial.returncode == 0 and any(
         "Toy/short-rqvae-seed1/model" in call and "--epochs 3" in call for call in calls
@@ -87,8 +87,11 @@ def test_earlier_never_reads_a_test_item(tmp_path):
         "mean of the three  HR@10 0.2200  NDCG@10 0.1000",
     ]
     for settings, said in (
-        ({"FINETUNE_FLAGS": "--epochs 4"}, "x-seed42 was made of other data or settings"),
-        ({"FINETUNE_FLAGS": "--epochs 3", "BASE_MODEL": "gpt2"}, "x-seed42 was made of other data or settings"),
+        ({"FINETUNE_FLAGS": "--epochs 4"}, "x-seed42 was made of other data, settings or scripts"),
+        (
+            {"FINETUNE_FLAGS": "--epochs 3", "BASE_MODEL": "gpt2"},
+            "x-seed42 was made of other data, settings or scripts",
+        ),
         (
             {"FINETUNE_FLAGS": "--epochs 3", "FORCE": "1"},
             "FORCE=1 is for run.sh",

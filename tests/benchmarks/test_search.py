@@ -140,9 +140,9 @@ def test_a_folder_made_of_other_data_is_not_gone_on_with(tmp_path):
         return result.stderr
 
     assert made_of() == made_of() == ""
-    assert "was made of other data or settings" in made_of("--epochs 3")
+    assert "was made of other data, settings or scripts" in made_of("--epochs 3")
     with open(tmp_path / "Toy" / "Toy.item.json", "a", encoding="utf-8") as file:
         file.write("\n")
-    assert "was made of other data or settings" in made_of()
+    assert "was made of other data, settings or scripts" in made_of()
     (tmp_path / "Toy" / "Toy.inter.json").unlink()
     assert "Toy.inter.json is missing" in made_of()
