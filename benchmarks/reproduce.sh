@@ -11,7 +11,7 @@
 # Histories: then EPOCHS epochs of seqrec, the same for every row, without instructions (config/history_prompts.json): a history is 13
 # tokens and not 57, all of its items are predicted, and a token takes milliseconds. random:ROW is the same architecture and tokenizer
 # from random weights. All rows share data (descriptions cut at 240 characters), RQ-VAE indices (text and behaviour, two levels),
-# settings, and, for one SEED, test users; none has --dropout, which breaks pretrained weights (docs/results-llm.md). Nothing is chosen
+# settings, and, for one SEED, test users; none has --dropout, which costs much here (docs/results-llm.md). Nothing is chosen
 # by results: the last weights count. User texts are the dataset's own if it has some, else made by rule.
 # compare.py trains SASRec and prints the table, with paired intervals of the differences from it and from the first row. Its column
 # "training" is the histories' time alone; rows with more tasks are trained for longer, since the alignment is longer.
