@@ -32,7 +32,7 @@ from prompt import load_prompts
 from regularise import add_dropout
 from samples import TrainSet
 from tasks import HistoryFormat
-from utils import run_main, say
+from utils import UserError, run_main, say
 
 SHORT = Path(__file__).resolve().parent.parent / "config" / "short_prompts.json"
 DROPOUTS = (0, 0.01, 0.05, 0.1, 0.2)
@@ -151,8 +151,11 @@ def main(argv: list[str] | None = None) -> None:
     say("\n| dropout | loss on the items' texts |\n| --- | --- |")
     torch.manual_seed(42)
     for share in DROPOUTS:
-        loss = text_loss(options.base_model, data, share, options.batches, options.batch_size)
-        say(f"| {share:g} | {loss:.2f} |")
+        try:
+            loss = f"{text_loss(options.base_model, data, share, options.batches, options.batch_size):.2f}"
+        except UserError:  # layers that --dropout does not know
+            loss = "–"
+        say(f"| {share:g} | {loss} |")
 
 
 if __name__ == "__main__":
