@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 def test_lists_equal_those_of_generate_on_real_histories(model, capsys, request):
     if model == "smollm2":
         model = str(request.getfixturevalue("smollm2_folder"))
-    few = "--users 2 --slow_users 1 --repeat 1 --num_beams 5 --tokens 60 --batch_size 2".split()
+    few = "--users 2 --slow_users 1 --repeat 1 --num_beams 10 --tokens 60 --batch_size 2".split()
     bench_decode.main(["--models", model, *few])
     shown = capsys.readouterr().out
     assert "1 of 1 lists equal (b)'s" in shown
