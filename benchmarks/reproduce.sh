@@ -94,7 +94,7 @@ train() {
   python finetune.py --base_model "$base" --output_dir "$run/model" --resume_from_checkpoint auto --seed "$SEED" \
     --data_path "$work" --dataset "$DATASET" --deepspeed none --bf16 --packing --no-gradient_checkpointing \
     --his_sep= --no_eos --gradient_accumulation_steps 1 --warmup_ratio 0.05 --optim adamw_torch_fused \
-    --learning_rate 3e-4 --new_rows_learning_rate 1e-2 --last_code_weight 3 --logging_step 10 --save_total_limit 1 \
+    --learning_rate 3e-4 --last_code_weight 3 --logging_step 10 --save_total_limit 1 \
     --valid_prompt_sample_num 1 "$@" ${FINETUNE_FLAGS:-}
   rm -rf "$run"/model/checkpoint-*
 }
@@ -102,20 +102,21 @@ train() {
 runs="$work/seed$SEED-$EPOCHS-epochs"
 if [ "$SHARE" != 1 ]; then runs="$runs-share$SHARE"; fi
 
-# one [random:]ROW: both phases and the test
+# one [random:]ROW: both phases and the test. Rows of item tokens have a high rate where a step asks for 200 items, a low one where it
+# asks for sixteen (docs/results-llm.md)
 one() {
   local base="$work/smollm2" alignment start=(--init_item_tokens words)
   case "$1" in random:*) base="$work/smollm2-random-seed$SEED" ;; esac
   alignment="$(mixture "${1#random:}")"
   if [ -n "$alignment" ]; then
     # shellcheck disable=SC2086
-    train "$base" "$runs/$1/aligned" $alignment "${start[@]}" --only_train_response --model_max_length 384 --epochs 1 \
-      --per_device_batch_size 16 --save_and_eval_strategy steps --save_and_eval_steps 40 --eval_delay 1000000
+    train "$base" "$runs/$1/aligned" $alignment "${start[@]}" --new_rows_learning_rate 1e-3 --only_train_response --model_max_length 384 \
+      --epochs 1 --per_device_batch_size 16 --save_and_eval_strategy steps --save_and_eval_steps 40 --eval_delay 1000000
     base="$runs/$1/aligned/model" start=()
   fi
   train "$base" "$runs/$1" --tasks seqrec --longest_history_only --prompt_file config/history_prompts.json ${start[@]+"${start[@]}"} \
-    ${swap[@]+"${swap[@]}"} --per_device_batch_size 32 --epochs "$EPOCHS" --eval_delay "$EPOCHS" \
-    --eval_ranking "$(part 300 10)"
+    ${swap[@]+"${swap[@]}"} --new_rows_learning_rate 1e-2 --per_device_batch_size 32 --epochs "$EPOCHS" \
+    --eval_delay "$EPOCHS" --eval_ranking "$(part 300 10)"
   rm -f "$runs/$1"/aligned/model/*.safetensors
   python test.py --ckpt_path "$runs/$1/model" --results_file "$runs/$1/result-$USERS.json" --data_path "$work" \
     --dataset "$DATASET" --sample_num "$USERS" --num_beams 20 --test_batch_size auto --seed "$SEED"
