@@ -18,7 +18,7 @@
 # Settings (paths count from the repository): EPOCHS 5 | USERS (tested) all | SHARE 1 (of samples, epochs and users) | ROWS | SEED 42 | WORK ./ckpt/reproduce
 #   BASELINES SASRec (or more of compare.py's models; empty: none)
 #   JOBS 2: rows at a time, each on its share of the cores (4.5 GiB of memory each; of disk 0.6 GB a row, in training 2) | DATASET Office | SOURCE ../shared/data/$DATASET
-#   FINETUNE_FLAGS: appended to finetune.py's in both phases, so they win (a change of them or of this script needs another WORK)
+#   FINETUNE_FLAGS: appended to finetune.py's in both phases, so they win, a rate of new rows too (a change of them or of this script needs another WORK)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/env.sh
