@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's kind of table with a real language model: SmolLM2-135M on Amazon Office, two to three hours on two CPU cores.
+# The paper's kind of table with a real language model: SmolLM2-135M on Amazon Office, about three hours on two CPU cores.
 #
 #   bash benchmarks/reproduce.sh                            all rows, then the table; the same command goes on where it was cut off
 #   BASELINES= SHARE=0.02 bash benchmarks/reproduce.sh      a fiftieth of samples, epochs and users, in a folder of its own: does it work?
