@@ -70,7 +70,6 @@ if [ -n "${BASELINES-SASRec}" ]; then python benchmarks/baselines.py; fi
 part() { python -c 'import sys; number, least, share = map(float, sys.argv[1:]); print(round(max(least, number * share)))' "$1" "$2" "$SHARE"; }
 product() { python -c 'import sys; print(f"{float(sys.argv[1]) * float(sys.argv[2]):g}")' "$1" "$2"; }
 SHARE="$(product "$SHARE" 1)" EPOCHS="$(product "$EPOCHS" "$SHARE")"
-USERS="$(part "${USERS:-$(python -c 'import json, sys; print(len(json.load(open(sys.argv[1]))))' "$SOURCE/$DATASET.inter.json")}" 10)"
 mkdir -p "$work/$DATASET"
 ln -sfn "$(realpath "$SOURCE/$DATASET.inter.json")" "$stem.inter.json"
 if [ -e "$SOURCE/$DATASET.user.json" ]; then ln -sfn "$(realpath "$SOURCE/$DATASET.user.json")" "$stem.user.json"; fi
@@ -78,6 +77,7 @@ if [ ! -e "$stem.item.json" ]; then python benchmarks/short_texts.py "$SOURCE/$D
 if [ ! -e "$stem.user.json" ]; then python data_process/user_texts.py --data_path "$work" --dataset "$DATASET"; fi
 if [ ! -e "$stem.emb-minilm-td.npy" ]; then embed "$work" "$DATASET"; fi
 if [ ! -e "$stem.emb-behaviour.npy" ]; then behaviour "$work" "$DATASET"; fi
+USERS="$(part "${USERS:-$(python -c 'import json, sys; print(len(json.load(open(sys.argv[1]))))' "$SOURCE/$DATASET.inter.json")}" 10)"
 if [ ! -e "$stem.index.json" ]; then
   two_levels "$stem.emb-behaviour.npy" "$stem.item.json" 6.5 "$work/index" "$stem.index.json"
 fi

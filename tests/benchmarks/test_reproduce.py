@@ -41,7 +41,9 @@ def test_every_row_ends_with_the_same_histories_and_language_comes_before_them(r
     assert "/+ASY/aligned/model " in runs["+ASY/model"].split("--output_dir")[0]
     assert "smollm2-random-seed42 " in runs["random:+MUT/aligned/model"]
     histories = {runs[name].split("--tasks")[1].replace(f" {words}", "") for name in runs if "aligned" not in name}
-    assert len(histories) == 1 and " seqrec --longest_history_only" in histories.pop()
+    assert len(histories) == 1 and " seqrec --longest_history_only" in next(iter(histories))
+    assert "--new_rows_learning_rate 1e-2 " in histories.pop()
+    assert all("--new_rows_learning_rate 1e-3 " in runs[name] for name in runs if "aligned" in name)
     (table,) = (call for call in calls if call.startswith("benchmarks/compare.py"))
     assert "--models SASRec" in table and "random:+MUT=" in table
     again, calls = reproduce("SEQ +ASY random:+MUT", BASELINES="")
